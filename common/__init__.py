@@ -1,0 +1,49 @@
+"""Shared by every script: one way to refuse bad input, one way to write a file whole."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def fail(message):
+    """Print one line on stderr and stop with exit code 2 (bad input, not a bug)."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_positive(args, *names):
+    """Fail unless each named argument is a number above 0 (None: not given, the default holds)."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            fail(f"--{name.replace('_', '-')} must be above 0; got {value}")
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it otherwise.
+
+    The suffix is kept because numpy and matplotlib look at it. An interrupt leaves nothing behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    """Create the folder `path` (and its parents) or fail; called before any long work."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        fail(f"cannot write to {path}: {error.strerror or error}")
+    return path

@@ -1,0 +1,254 @@
+"""The checkpoint folder that every attack writes and every defence reads.
+
+model.pt            tensors and plain values only: loads with weights_only=True
+poisoned_test.npz   x (uint8 N x H x W x C), y_true, y_target; no image of the target class
+poisoned_train.npz  x, y_given, poisoned (data-poisoning attacks only)
+samples.png         clean, poisoned, residual
+result.json         every figure printed, arguments, seconds, device, versions
+"""
+
+import json
+import math
+import os
+import pickle
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import fail, written_whole
+from common.datasets import Dataset, check_split, load_dataset, read_npz
+from common.models import Classifier, build_model
+
+FORMAT = 1
+PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
+
+
+@dataclass
+class Victim:
+    """A loaded model and what came with it; the poisoned_* are None where the file is absent."""
+
+    model: Classifier
+    data: Dataset
+    arch: str
+    folder: Path
+    x_poisoned: torch.Tensor | None = None
+    y_true: torch.Tensor | None = None
+    y_target: torch.Tensor | None = None
+
+
+def to_hwc(x):
+    """uint8 N x C x H x W tensor to the N x H x W x C array of the files."""
+    return x.cpu().permute(0, 2, 3, 1).numpy()
+
+
+def plain(value):
+    """A JSON-ready copy: tensors, arrays, paths and non-finite floats become plain values."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def save_result(folder, script, args, seconds, metrics, device):
+    """Write result.json and print the RESULT line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs"
+    result = {
+        "script": script,
+        "arguments": vars(args),
+        "metrics": metrics,
+        "seconds": round(seconds, 1),
+        "device": name,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    with written_whole(Path(folder) / "result.json") as path:
+        path.write_text(json.dumps(plain(result), indent=1) + "\n")
+    figures = [
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in metrics.items()
+        if isinstance(value, (int, float, str))
+    ]
+    print("RESULT", script, *figures, f"seconds={seconds:.0f}", f"folder={folder}")
+
+
+def save_model(folder, model, data, arch, args, metrics, trigger=None):
+    """Write model.pt; `trigger` holds the attack's or the reversed trigger's tensors."""
+    checkpoint = {
+        "format": FORMAT,
+        "state_dict": {k: v.cpu() for k, v in model.state_dict().items()},
+        "arch": arch,
+        "dataset": data.name,
+        "classes": data.classes,
+        "image_shape": list(data.shape),
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
+        "arguments": plain(vars(args)),
+        "trigger": {k: v.cpu() for k, v in (trigger or {}).items()},
+        "metrics": plain(metrics),
+    }
+    with written_whole(Path(folder) / "model.pt") as path:
+        try:
+            torch.save(checkpoint, path)
+        except RuntimeError as error:  # torch's word for a full disk or a vanished folder
+            fail(f"cannot write {path}: {str(error).splitlines()[0]}")
+
+
+def clear_folder(folder):
+    """Remove what an earlier run left in `folder`, before the new run's files are written."""
+    for part in PARTS:
+        (Path(folder) / part).unlink(missing_ok=True)
+
+
+def save_poisoned_test(folder, x, y_true, y_target):
+    """Write the triggered test images as they would reach a deployed model (uint8)."""
+    with written_whole(Path(folder) / "poisoned_test.npz") as path:
+        labels = {"y_true": y_true.cpu().numpy(), "y_target": y_target.cpu().numpy()}
+        np.savez_compressed(path, x=to_hwc(x), **labels)
+
+
+def save_poisoned_train(folder, x, y_given, poisoned):
+    """Write the training set that the attacker hands out, with the poison flags."""
+    with written_whole(Path(folder) / "poisoned_train.npz") as path:
+        flags = {"y_given": y_given.cpu().numpy(), "poisoned": poisoned.cpu().numpy()}
+        np.savez_compressed(path, x=to_hwc(x), **flags)
+
+
+def draw_rows(path, rows):
+    """Draw a list of rows (name, images N x C x H x W in [0,1]), one image a column."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(rows[0][1])
+    size = 1.1 * count + 1.2, 1.15 * len(rows)
+    figure, axes = plt.subplots(len(rows), count, figsize=size, squeeze=False)
+    for axis_row, (name, images) in zip(axes, rows):
+        for axis, image in zip(axis_row, images.permute(0, 2, 3, 1).cpu().numpy()):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.tight_layout()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def save_samples(folder, x, x_poisoned, count=8):
+    """Draw clean images, poisoned images (uint8) and |residual| scaled to its maximum."""
+    x, x_poisoned = (a[:count].float() / 255 for a in (x, x_poisoned))
+    residual = (x_poisoned - x).abs()
+    scale = residual.max().clamp(min=1 / 255).item()
+    rows = [("clean", x), ("poisoned", x_poisoned)]
+    rows.append((f"residual\n(max {scale:.2f})", residual / scale))
+    draw_rows(Path(folder) / "samples.png", rows)
+
+
+def read_checkpoint(path):
+    """torch.load with weights_only=True on the CPU; a damaged or hostile file fails in one line."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no such checkpoint: {path}")
+    except pickle.UnpicklingError:
+        fail(f"{path} holds more than tensors and plain values, or is damaged; it was not executed")
+    except Exception as error:  # a damaged file can raise nearly anything
+        fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
+    if not isinstance(checkpoint, dict):
+        fail(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict")
+    return checkpoint
+
+
+def load_model(checkpoint, path, device):
+    """Build the model of one of our checkpoints; a missing entry or a misfit fails."""
+    try:
+        arch, shape, state = checkpoint["arch"], checkpoint["image_shape"], checkpoint["state_dict"]
+        mean, std, classes = checkpoint["mean"], checkpoint["std"], checkpoint["classes"]
+        checkpoint["dataset"]
+    except KeyError as error:
+        fail(f"{path} lacks the entry {error}")
+    with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
+        model = build_model(arch, classes, shape, mean, std)
+    load_strictly(model, state, path, arch)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_control(folder, args, device):
+    """The clean model of the same data, architecture and seed beside `folder`, or None."""
+    name = f"{Path(args.dataset).stem}-{args.arch}-clean-s{args.seed}"
+    path = Path(folder).parent / name / "model.pt"
+    return load_model(read_checkpoint(path), path, device) if path.exists() else None
+
+
+def load_victim(args, device):
+    """Load `--ckpt` (a folder, its model.pt, or a bare state dict) and its dataset.
+
+    A bare state dict may lie under 'model', 'state_dict', 'netC' or 'net', needs `--arch` and
+    `--dataset` (and `--mean --std` if they differ from the dataset's own), loses a 'module.'
+    prefix by name and must fit exactly. The model comes back in eval mode and frozen.
+    """
+    path = Path(args.ckpt)
+    path = path / "model.pt" if path.is_dir() else path
+    checkpoint = read_checkpoint(path)
+    if "format" not in checkpoint:
+        return load_foreign(checkpoint, path, args, device)
+    if checkpoint["format"] != FORMAT:
+        fail(f"{path} has checkpoint format {checkpoint['format']}; this code reads {FORMAT}")
+    model = load_model(checkpoint, path, device)
+    data = load_dataset(args.dataset or checkpoint["dataset"], args.data_dir, device)
+    trained_on = checkpoint["classes"], tuple(checkpoint["image_shape"])
+    if (data.classes, data.shape) != trained_on:
+        fail(
+            f"{path} was trained on {trained_on[0]} classes of {trained_on[1]} images; "
+            f"{data.name} has {data.classes} of {data.shape}"
+        )
+    victim = Victim(model, data, checkpoint["arch"], path.parent)
+    test = path.parent / "poisoned_test.npz"
+    if test.exists():
+        x, y_true, y_target = read_npz(test, ["x", "y_true", "y_target"])
+        x, y_true = check_split(x, y_true, test)
+        _, y_target = check_split(x.transpose(0, 2, 3, 1), y_target, test)
+        if x.shape[1:] != data.shape or max(y_true.max(), y_target.max()) >= data.classes:
+            fail(f"{test} does not fit: the model has {data.classes} classes of {data.shape}")
+        victim.x_poisoned, victim.y_true, victim.y_target = (
+            torch.from_numpy(array).to(device) for array in (x, y_true, y_target)
+        )
+    return victim
+
+
+def load_foreign(checkpoint, path, args, device):
+    """The Victim of a bare state dict from elsewhere; see load_victim."""
+    if not (args.arch and args.dataset):
+        fail(f"{path} is a bare state dict: pass --arch and --dataset (and --mean --std if needed)")
+    for key in ("model", "state_dict", "netC", "net"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    data = load_dataset(args.dataset, args.data_dir, device)
+    mean, std = args.mean or data.spec.mean, args.std or data.spec.std
+    model = build_model(args.arch, data.classes, data.shape, mean, std)
+    state = {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
+    load_strictly(model.net, state, path, args.arch)
+    return Victim(
+        model.eval().requires_grad_(False).to(device), data, args.arch, path.with_suffix("")
+    )
+
+
+def load_strictly(module, state, path, arch):
+    """load_state_dict(strict=True); a misfit fails and names the first differing entry."""
+    try:
+        module.load_state_dict(state, strict=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        fail(f"{path} does not fit {arch}: {lines[1] if len(lines) > 1 else lines[0]}")

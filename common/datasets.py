@@ -1,0 +1,255 @@
+"""Datasets as uint8 tensors on the device: N x C x H x W images, int64 labels, no DataLoader."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import fail, make_folder, written_whole
+
+GTSRB_TRAIN_URL = (
+    "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
+    "GTSRB_Final_Training_Images.zip"
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a script needs to know before training: normalisation, network, recipe.
+
+    `mean` and `std` are per channel, for images in [0,1]; `pad` is the random crop's padding in
+    pixels and `flip` whether a mirrored image keeps its label.
+    """
+
+    mean: tuple
+    std: tuple
+    arch: str
+    epochs: int
+    pad: int
+    flip: bool
+
+
+SPECS = {
+    "digits": Spec((0.5,), (0.5,), "mnist_cnn", 60, 2, False),
+    "mnist": Spec((0.5,), (0.5,), "mnist_cnn", 15, 2, False),
+    "cifar10": Spec(
+        (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), "preact_resnet18", 60, 4, True
+    ),
+    "cifar100": Spec(
+        (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "preact_resnet18", 60, 4, True
+    ),
+    "gtsrb": Spec((0.0,) * 3, (1.0,) * 3, "preact_resnet18", 30, 4, False),
+}
+
+
+@dataclass
+class Dataset:
+    """Images are uint8 N x C x H x W, labels int64 N, all on one device."""
+
+    name: str
+    spec: Spec
+    classes: int
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+
+    @property
+    def shape(self):
+        """Image shape (C, H, W)."""
+        return tuple(self.x_train.shape[1:])
+
+
+def pick_device(name):
+    """Return the torch device for `--device`: 'auto' is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"device {name!r} is not available here")
+    return device
+
+
+def read_npz(path, keys):
+    """Read the arrays `keys` from an .npz without unpickling anything; fails with one line."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive]
+            if missing:
+                fail(f"{path} has no array {', '.join(missing)}; it needs {', '.join(keys)}")
+            arrays = [archive[key] for key in keys]
+    except FileNotFoundError:
+        fail(f"no such file: {path}")
+    except Exception as error:  # a damaged archive can raise nearly anything
+        fail(f"{path} is not a plain .npz file: {error}")
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        fail(f"{path} is not a plain .npz file: its members are not arrays")
+    return arrays
+
+
+def load_dataset(name, data_dir, device):
+    """Load a named dataset or any .npz with uint8 x_train, y_train, x_test, y_test.
+
+    Named datasets are read from `<data_dir>/<name>.npz`; 'digits' comes with scikit-learn; the
+    others are downloaded once through torchvision and cached in that form.
+    """
+    if name == "digits":
+        arrays = digits()
+    elif name in SPECS:
+        path = Path(data_dir) / f"{name}.npz"
+        if not path.exists():
+            download(name, path)
+        arrays = read_npz(path, ["x_train", "y_train", "x_test", "y_test"])
+    elif str(name).endswith(".npz"):
+        arrays = read_npz(name, ["x_train", "y_train", "x_test", "y_test"])
+    else:
+        fail(f"unknown dataset {name!r}; known: {', '.join(SPECS)}, or the path of an .npz file")
+    x_train, y_train, x_test, y_test = arrays
+    tensors, shapes = [], set()
+    for x, y, split in ((x_train, y_train, "train"), (x_test, y_test, "test")):
+        x, y = check_split(x, y, f"{name} ({split})")
+        shapes.add(x.shape[1:])
+        # one channel leaves the strides ambiguous; vmap refuses channels-last ones
+        x = torch.from_numpy(x).clone(memory_format=torch.contiguous_format)
+        tensors += [x.to(device), torch.from_numpy(y).to(device)]
+    if len(shapes) != 1:
+        fail(f"{name}: train and test images differ in shape: {sorted(shapes)}")
+    classes = int(y_train.max()) + 1
+    if len(np.unique(y_train)) < 2:
+        fail(f"{name}: the training labels hold one class; at least two are needed")
+    if int(y_test.max()) >= classes:
+        fail(f"{name}: test label {int(y_test.max())} does not occur in training")
+    channels = tensors[0].shape[1]
+    arch = "mnist_cnn" if channels == 1 else "preact_resnet18"
+    generic = Spec((0.5,) * channels, (0.5,) * channels, arch, 30, 2, False)
+    return Dataset(str(name), SPECS.get(name, generic), classes, *tensors)
+
+
+def check_split(x, y, what):
+    """Return (N x C x H x W uint8, N int64) from N x H x W[ x C] arrays, or fail."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        fail(f"{what}: images must be uint8, N x H x W or N x H x W x C; got {x.dtype} {x.shape}")
+    if y.ndim != 1 or len(x) == 0 or len(x) != len(y):
+        fail(f"{what}: needs one label per image and at least one image; got {x.shape}, {y.shape}")
+    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+        fail(f"{what}: labels must be integers from 0 up; got {y.dtype}")
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.shape[3] not in (1, 3):
+        fail(f"{what}: images must have 1 or 3 channels; got {x.shape[3]}")
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y.astype(np.int64)
+
+
+def digits():
+    """scikit-learn's 1,797 scanned 8x8 digits, bilinear to 28x28: 1,437 train and 360 test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x = torch.from_numpy(x).float().view(-1, 1, 8, 8) / 16
+    x = F.interpolate(x, size=28, mode="bilinear", align_corners=False)
+    x = to_uint8(x).permute(0, 2, 3, 1).numpy()
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y, test_size=360, stratify=y, random_state=0
+    )
+    return x_train, y_train, x_test, y_test
+
+
+def download(name, path):
+    """Download `name` through torchvision (progress on stderr) and write `path` whole."""
+    from torchvision import datasets
+
+    make_folder(path.parent)
+    raw = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
+    try:
+        if name == "gtsrb":
+            arrays = [*gtsrb_train(raw), *gtsrb_test(raw)]
+        else:
+            kind = {
+                "mnist": datasets.MNIST,
+                "cifar10": datasets.CIFAR10,
+                "cifar100": datasets.CIFAR100,
+            }[name]
+            arrays = []
+            for train in (True, False):
+                split = kind(str(raw), train=train, download=True)
+                arrays += [np.asarray(split.data), np.asarray(split.targets)]
+    except Exception as error:  # network, disk, a damaged archive
+        fail(f"could not download {name}: {error}; put {path.name} into {path.parent} by hand")
+    finally:
+        shutil.rmtree(raw, ignore_errors=True)
+    with written_whole(path) as temporary:
+        np.savez(temporary, **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays)))
+
+
+def gtsrb_train(raw):
+    """The papers' 39,209 training images at 32x32 (torchvision's own split has 26,640)."""
+    from PIL import Image
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    download_and_extract_archive(GTSRB_TRAIN_URL, str(raw))
+    files = sorted((raw / "GTSRB" / "Final_Training" / "Images").glob("*/*.ppm"))
+    if not files:
+        fail("the GTSRB archive holds no Final_Training images")
+    x = [np.asarray(Image.open(file).convert("RGB").resize((32, 32), 2)) for file in files]
+    return np.stack(x), np.array([int(file.parent.name) for file in files])
+
+
+def gtsrb_test(raw):
+    """The 12,630 test images at 32x32, through torchvision."""
+    from torchvision.datasets import GTSRB
+
+    pairs = [
+        (np.asarray(image.convert("RGB").resize((32, 32), 2)), label)
+        for image, label in GTSRB(str(raw), split="test", download=True)
+    ]
+    return np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+
+
+def to_float(x):
+    """uint8 [0,255] to float32 [0,1]."""
+    return x.float() / 255
+
+
+def to_uint8(x):
+    """float [0,1] to uint8 by rounding, as an image file would store it."""
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def augment(x, pad, flip):
+    """Random crop after zero padding and random mirror, drawn per image; B x C x H x W floats."""
+    b, _, h, w = x.shape
+    if pad:
+        row = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=x.device)
+        column = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=x.device)
+        row = row + torch.arange(h, device=x.device).view(1, h, 1)
+        column = column + torch.arange(w, device=x.device).view(1, 1, w)
+        image = torch.arange(b, device=x.device).view(b, 1, 1)
+        x = F.pad(x, (pad,) * 4)[image, :, row, column].permute(0, 3, 1, 2)
+    if flip:
+        mirrored = torch.rand(b, 1, 1, 1, device=x.device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x)
+    return x
+
+
+def defender_split(y, fraction, seed):
+    """Indices of the defender's clean images: a stratified `fraction` of the labels `y`.
+
+    At least one image of each class that occurs. Its own generator, so that every defence with
+    the same seed holds the same images. Returns a sorted int64 tensor on y's device.
+    """
+    if not 0 < fraction <= 1:
+        fail(f"the defender's share of the training data must lie in (0, 1]; got {fraction}")
+    generator = torch.Generator().manual_seed(seed)
+    labels, chosen = y.cpu(), []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        count = max(1, round(fraction * len(members)))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values.to(y.device)

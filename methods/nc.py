@@ -1,0 +1,358 @@
+"""Neural Cleanse (Wang et al., IEEE S&P 2019): reverse a patch per label, flag the small one.
+
+For every label the smallest mask and pattern are searched that send all images to this label. A
+backdoor is a shortcut: its label needs a far smaller mask than the others, which the MAD anomaly
+index detects. Fine-tuning on images that carry the reversed patch and their true label removes it.
+
+Kind: detects models, then repairs them. Given: the model and a clean share of its training data.
+Answers: is the model backdoored, to which label, and the repaired model.
+Assumes one patch-like trigger for all images. Known to fail on WaNet, input-aware and frequency
+triggers, on large patches, and where the trigger acts through a unit that is silent without it;
+known to flag clean models (the paper's threshold 2 does so with probability .33 for 10 labels
+under Gaussian norms, .64 for 43), hence the p-value.
+
+Equations (numbers of the paper): Eq. (2) A(x, m, D) -> blend; Eq. (3) CE + lambda |m| ->
+reverse_triggers; Sec. V-D anomaly index -> common.metrics.verdict; cost schedule, patience and
+early stop of the authors' code -> advance; Sec. VII-C unlearning -> unlearn.
+
+Differs from the authors' code: all labels are folded into one batch, finished labels leave it;
+images of a label do not count as its own successes; a step is 8 batches of 32 images, not 31;
+masks are kept as floats, never re-read from a picture; the clean images come from the training
+data, never from the test images that are reported. A label whose search never succeeded is not
+flagged. Only the flagged label with the smallest norm is unlearnt, and target-class images are
+not stamped. Unlearning runs 1 epoch of SGD at .01 (the paper does not state the rate) and does
+not augment: cropping cuts the patch off, and on MNIST 21 % ASR stayed with it, .2 % without.
+
+    python methods/nc.py --ckpt runs/mnist-mnist_cnn-badnets-s0
+
+Results beside the paper's: README.md, tables "Detectors" and "Repairs".
+"""
+
+import argparse
+import copy
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import fail, make_folder, written_whole
+from common.checkpoint import (
+    clear_folder,
+    load_model,
+    load_victim,
+    read_checkpoint,
+    save_model,
+    save_result,
+)
+from common.datasets import defender_split, pick_device, to_float
+from common.metrics import accuracy, case_of, verdict
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
+    p.add_argument("--arch", help="architecture of a bare state dict")
+    p.add_argument("--dataset", help="dataset of a bare state dict, or its path")
+    p.add_argument(
+        "--mean", type=float, nargs="+", help="its normalisation (default: the dataset's)"
+    )
+    p.add_argument(
+        "--std", type=float, nargs="+", help="its normalisation (default: the dataset's)"
+    )
+    p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
+    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--out", help="folder to write (default: <checkpoint folder>/<defence>-s<seed>)")
+    p.add_argument(
+        "--data-fraction",
+        type=float,
+        default=0.1,
+        help="the defender's share of the training data (paper .1)",
+    )
+    p.add_argument(
+        "--threshold", type=float, default=2.0, help="anomaly index that flags a label (paper 2)"
+    )
+    p.add_argument(
+        "--steps", type=int, default=1000, help="most steps per label (authors' code 1000)"
+    )
+    p.add_argument("--batches", type=int, default=8, help="batches per step (authors' code 31)")
+    p.add_argument(
+        "--batch-size", type=int, default=32, help="images per batch and label (authors' code 32)"
+    )
+    p.add_argument(
+        "--lr", type=float, default=0.1, help="Adam's rate, betas .5 and .9 (authors' code .1)"
+    )
+    p.add_argument("--labels-at-once", type=int, help="labels per folded batch (default: all)")
+    p.add_argument("--unlearn-lr", type=float, default=0.01, help="SGD's rate in unlearning")
+    p.add_argument(
+        "--stamped", type=float, default=0.2, help="share of the data that is stamped (paper .2)"
+    )
+    return p.parse_args()
+
+
+ASR_GOAL = 0.99  # a step counts as a success from here on
+FIRST_COST = 1e-3  # lambda once the search has succeeded `PATIENCE` times without it
+PATIENCE = 5  # successes (failures) in a row before lambda rises (falls)
+COST_UP, COST_DOWN = 2.0, 2.0**1.5
+STOP_PATIENCE = 25  # steps without a smaller mask before a label is finished
+
+
+@dataclass
+class Search:
+    """Where the search for one label stands: cost lambda, counters, smallest successful norm."""
+
+    cost: float = 0.0
+    best: float = math.inf
+    stop_best: float = math.inf
+    stop_count: int = 0
+    zero_count: int = 0
+    up: int = 0
+    down: int = 0
+    went_up: bool = False
+    went_down: bool = False
+    done: bool = False
+
+
+def advance(s, asr, norm):
+    """One step of the authors' state machine, given the step's mean ASR and mask norm.
+
+    Returns whether this mask is the smallest successful one so far.
+    """
+    success = asr >= ASR_GOAL
+    improved = success and norm < s.best
+    if improved:
+        s.best = norm
+    if math.isfinite(s.best):
+        s.stop_count = s.stop_count + 1 if s.best >= s.stop_best else 0
+        s.stop_best = min(s.stop_best, s.best)
+        if s.went_up and s.went_down and s.stop_count >= STOP_PATIENCE:
+            s.done = True
+            return improved
+    if s.cost == 0:
+        s.zero_count = s.zero_count + 1 if success else 0
+        if s.zero_count >= PATIENCE:
+            s.cost, s.up, s.down, s.went_up, s.went_down = FIRST_COST, 0, 0, False, False
+    s.up, s.down = (s.up + 1, 0) if success else (0, s.down + 1)
+    if s.up >= PATIENCE:
+        s.cost, s.up, s.went_up = s.cost * COST_UP, 0, True
+    elif s.down >= PATIENCE:
+        s.cost, s.down, s.went_down = s.cost / COST_DOWN, 0, True
+    return improved
+
+
+def unit(w):
+    """Map a free parameter into [0,1]."""
+    return torch.tanh(w) / 2 + 0.5
+
+
+def blend(x, mask, pattern):
+    """Eq. (2), all labels at once: x B x C x H x W, mask K x 1 x H x W -> K x B x C x H x W."""
+    return (1 - mask)[:, None] * x + (mask * pattern)[:, None]
+
+
+def reverse_triggers(model, x, y, labels, steps, batches, batch_size, lr, seed, bar):
+    """Eq. (3) for all `labels` in one folded batch; x are floats N x C x H x W in [0,1].
+
+    Returns masks K x 1 x H x W, patterns K x C x H x W, norms K and found K (the search reached
+    the ASR goal; elsewhere the last mask is returned). Neither the order of the labels nor how
+    many are folded changes a label's result.
+    """
+    draws = [torch.Generator().manual_seed(1_000_003 * seed + label) for label in labels]
+    _, c, h, w = x.shape
+    starts = [torch.rand(1 + c, h, w, generator=g).clamp(1e-4, 1 - 1e-4) for g in draws]
+    start = torch.atanh(2 * torch.stack(starts).to(x.device) - 1)
+    free_mask, free_pattern = (
+        start[:, part].clone().requires_grad_() for part in (slice(1), slice(1, None))
+    )
+    optimizer = torch.optim.Adam([free_mask, free_pattern], lr, betas=(0.5, 0.9))
+    searches = [Search() for _ in labels]
+    best_mask, best_pattern = unit(free_mask).detach(), unit(free_pattern).detach()
+    order = torch.Generator().manual_seed(seed)
+    label = torch.tensor(labels, device=x.device)
+    batch_size = min(batch_size, len(x))
+    for _ in range(steps):
+        alive = [k for k, search in enumerate(searches) if not search.done]
+        if not alive:
+            break
+        cost = torch.tensor([searches[k].cost for k in alive], device=x.device)
+        hits, tries, norms = (torch.zeros(len(alive), device=x.device) for _ in range(3))
+        for _ in range(batches):
+            pick = torch.randperm(len(x), generator=order)[:batch_size].to(x.device)
+            mask, pattern = unit(free_mask[alive]), unit(free_pattern[alive])
+            goal = label[alive, None].expand(-1, batch_size)  # K x B
+            other = y[pick] != goal  # images of the label itself do not count
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+                logits = model(blend(x[pick], mask, pattern).flatten(0, 1)).float()
+            loss = F.cross_entropy(logits, goal.flatten(), reduction="none").view_as(other)
+            norm = mask.abs().sum((1, 2, 3))
+            total = (loss * other).sum(1) / other.sum(1).clamp(min=1) + cost * norm
+            optimizer.zero_grad(set_to_none=True)
+            total.sum().backward()
+            optimizer.step()
+            hits += ((logits.argmax(1).view_as(other) == goal) & other).sum(1)
+            tries += other.sum(1)
+            norms += norm.detach() / batches
+        asr = (hits / tries.clamp(min=1)).tolist()
+        for i, (k, norm) in enumerate(zip(alive, norms.tolist())):
+            if not math.isfinite(norm):
+                fail(f"the search for label {labels[k]} diverged (norm {norm})")
+            if advance(searches[k], asr[i], norm) or math.isinf(searches[k].best):
+                best_mask[k], best_pattern[k] = mask[i].detach(), pattern[i].detach()
+        bar.update()
+        bar.set_postfix(labels=len(alive))
+    found = [math.isfinite(search.best) for search in searches]
+    return best_mask, best_pattern, best_mask.sum((1, 2, 3)).tolist(), found
+
+
+def unlearn(model, x, y, mask, pattern, label, stamped, lr, batch_size=32):
+    """One epoch on the clean images, a share of them stamped with the patch, all labels kept.
+
+    Images of the flagged `label` are not stamped: that would teach the backdoor again. With
+    mask=None nothing is stamped (the baseline). Returns a repaired copy; x are uint8.
+    """
+    model = copy.deepcopy(model).requires_grad_(True).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    for batch in torch.randperm(len(x), device=x.device).split(batch_size):
+        inputs = to_float(x[batch])
+        if mask is not None:
+            chosen = (torch.rand(len(batch), device=x.device) < stamped) & (y[batch] != label)
+            inputs[chosen] = blend(inputs[chosen], mask[None], pattern[None])[0]
+        loss = F.cross_entropy(model(inputs), y[batch])
+        if not loss.isfinite():
+            fail(f"the loss became {loss.item()} in unlearning; no model is kept")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def draw(path, masks, patterns, norms, indices):
+    """Reversed triggers (mask times pattern) with norm and anomaly index per label."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(10, len(norms))
+    rows = math.ceil(len(norms) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.2 * columns, 1.7 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for label, axis in enumerate(axes.flat[: len(norms)]):
+        trigger = (masks[label] * patterns[label]).permute(1, 2, 0).squeeze().cpu()
+        axis.imshow(trigger.numpy(), cmap="gray", vmin=0, vmax=1)
+        index = "" if indices is None else f"\nindex {indices[label]:.2f}"
+        axis.set_title(f"label {label}\n|m| {norms[label]:.1f}{index}", fontsize=7)
+    figure.tight_layout()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    start = time.time()
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    victim = load_victim(args, device)
+    model, data = victim.model, victim.data
+    folder = make_folder(args.out or victim.folder / f"nc-s{args.seed}")
+    split = defender_split(data.y_train, args.data_fraction, args.seed)
+    x_clean, y_clean = data.x_train[split], data.y_train[split]
+
+    # ===== Reverse =====
+    labels = list(range(data.classes))
+    at_once = args.labels_at_once or data.classes
+    parts = []
+    search_start = time.time()
+    for first in range(0, data.classes, at_once):
+        bar = tqdm(total=args.steps, disable=None, unit="step")
+        parts.append(
+            reverse_triggers(
+                model,
+                to_float(x_clean),
+                y_clean,
+                labels[first : first + at_once],
+                args.steps,
+                args.batches,
+                args.batch_size,
+                args.lr,
+                args.seed,
+                bar,
+            )
+        )
+        bar.close()
+    search_seconds = time.time() - search_start
+    masks, patterns = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    norms, found = ([value for part in parts for value in part[i]] for i in (2, 3))
+
+    # ===== Verdict =====
+    decision = verdict(norms, found, args.threshold)
+    flagged, indices = decision["flagged"], decision["indices"]
+    for label in labels:
+        index = "n/a" if indices is None else f"{indices[label]:.2f}"
+        note = "" if found[label] else "  (search failed: never flagged)"
+        print(f"label {label}: norm {norms[label]:.2f} index {index}{note}")
+    metrics = {k: decision[k] for k in ("index", "label", "ratio", "p_value", "flagged")}
+    metrics |= {"norms": norms, "found": found, "search_seconds": search_seconds}
+    if not decision["applicable"]:
+        metrics["verdict"] = "not-applicable"
+        print(f"verdict: not applicable, {data.classes} labels are fewer than the index's 5")
+    else:
+        metrics["verdict"] = "backdoored" if flagged else "clean"
+        print(
+            f"verdict by the paper's rule (index > {args.threshold:g}): {metrics['verdict']}"
+            + (f", target label {flagged[0]}" if flagged else "")
+        )
+        print(
+            f"smallest norm: label {decision['label']}, anomaly index {decision['index']:.2f}, "
+            f"p = {decision['p_value']:.4f} under a clean model, "
+            f"ratio to the median {decision['ratio'] or math.nan:.2f}"
+        )
+    clear_folder(folder)
+    draw(folder / "reversed.png", masks, patterns, norms, indices)
+    with written_whole(folder / "reversed.npz") as path:
+        np.savez_compressed(path, masks=masks.cpu().numpy(), patterns=patterns.cpu().numpy())
+
+    # ===== Repair =====
+    repaired = baseline = None
+    if flagged:
+        label = flagged[0]
+        arguments = masks[label], patterns[label], label, args.stamped, args.unlearn_lr
+        repaired = unlearn(model, x_clean, y_clean, *arguments)
+        baseline = unlearn(model, x_clean, y_clean, None, None, *arguments[2:])
+        trigger = {"mask": masks[label], "pattern": patterns[label]}
+        save_model(folder, repaired, data, victim.arch, args, metrics, trigger)
+        repaired = load_model(read_checkpoint(folder / "model.pt"), folder / "model.pt", device)
+    else:
+        print("nothing is flagged, so nothing is repaired")
+    seconds = time.time() - start
+
+    # ===== Evaluation: the defender does not see anything below =====
+    models = {"": model}
+    if repaired is not None:
+        models |= {"_repaired": repaired, "_clean_only": baseline}
+    for suffix, candidate in models.items():
+        metrics["clean_accuracy" + suffix] = accuracy(candidate, data.x_test, data.y_test)
+        if victim.x_poisoned is not None:
+            metrics["asr" + suffix] = accuracy(candidate, victim.x_poisoned, victim.y_target)
+            metrics["robust_accuracy" + suffix] = accuracy(
+                candidate, victim.x_poisoned, victim.y_true
+            )
+    if victim.x_poisoned is None:
+        print("no poisoned test images beside the checkpoint: the verdict cannot be evaluated")
+    else:
+        targets = victim.y_target.unique().tolist()
+        metrics["asr_n"] = len(victim.x_poisoned)
+        if len(targets) == 1 and decision["applicable"]:
+            metrics["target"], metrics["case"] = targets[0], case_of(flagged, targets[0])
+
+    # ===== Report =====
+    save_result(folder, "nc", args, seconds, metrics, device)

@@ -31,6 +31,7 @@ Results beside the paper's: README.md, tables "Detectors" and "Repairs".
 import argparse
 import copy
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -295,7 +296,7 @@ def draw_norms(path, norms, flagged):
     axis.bar(
         range(len(norms)), norms, color=["C3" if k in flagged else "C0" for k in range(len(norms))]
     )
-    axis.axhline(sorted(norms)[len(norms) // 2], color="grey", linewidth=0.8)
+    axis.axhline(statistics.median(norms), color="grey", linewidth=0.8)
     axis.set(
         xlabel="label y (flagged: red)", ylabel="$m_y$, mean L1 norm", xticks=range(len(norms))
     )
@@ -479,4 +480,10 @@ if __name__ == "__main__":
                 draw_rows(folder / "triggers.png", rows)
 
     # ===== Report =====
+    for name in ("clean_accuracy", "asr"):
+        if name in metrics:
+            after = metrics.get(f"{name}_repaired")
+            arrow = "" if after is None else f" -> {after:.2f} after the repair"
+            print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
+    print(f"figures: {', '.join(map(str, sorted(folder.glob('*.png'))))}")
     save_result(folder, "generator_reverse", args, seconds, metrics, device)

@@ -20,8 +20,8 @@ images of a label do not count as its own successes; a step is 8 batches of 32 i
 masks are kept as floats, never re-read from a picture; the clean images come from the training
 data, never from the test images that are reported. A label whose search never succeeded is not
 flagged. Only the flagged label with the smallest norm is unlearnt, and target-class images are
-not stamped. Unlearning runs 1 epoch of SGD at .01 (the paper does not state the rate) and does
-not augment: cropping cuts the patch off, and on MNIST 21 % ASR stayed with it, .2 % without.
+not stamped. Unlearning is 1 epoch of SGD from .03 down to 0 (the paper states no rate; .05 costs
+over 1 point of clean accuracy on MNIST), without augmentation, which would cut the patch off.
 
     python methods/nc.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -90,7 +90,7 @@ def parse_args():
         "--lr", type=float, default=0.1, help="Adam's rate, betas .5 and .9 (authors' code .1)"
     )
     p.add_argument("--labels-at-once", type=int, help="labels per folded batch (default: all)")
-    p.add_argument("--unlearn-lr", type=float, default=0.01, help="SGD's rate in unlearning")
+    p.add_argument("--unlearn-lr", type=float, default=0.03, help="SGD's first rate in unlearning")
     p.add_argument(
         "--stamped", type=float, default=0.2, help="share of the data that is stamped (paper .2)"
     )
@@ -219,7 +219,9 @@ def unlearn(model, x, y, mask, pattern, label, stamped, lr, batch_size=32):
     """
     model = copy.deepcopy(model).requires_grad_(True).train()
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    for batch in torch.randperm(len(x), device=x.device).split(batch_size):
+    batches = torch.randperm(len(x), device=x.device).split(batch_size)
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
         inputs = to_float(x[batch])
         if mask is not None:
             chosen = (torch.rand(len(batch), device=x.device) < stamped) & (y[batch] != label)
@@ -355,4 +357,10 @@ if __name__ == "__main__":
             metrics["target"], metrics["case"] = targets[0], case_of(flagged, targets[0])
 
     # ===== Report =====
+    for name in ("clean_accuracy", "asr"):
+        if name in metrics:
+            after = metrics.get(f"{name}_repaired")
+            arrow = "" if after is None else f" -> {after:.2f} after the repair"
+            print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
+    print(f"figures: {', '.join(map(str, sorted(folder.glob('*.png'))))}")
     save_result(folder, "nc", args, seconds, metrics, device)

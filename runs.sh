@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Every command of the README. `bash runs.sh` lists them.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+  cat <<'TEXT'
+usage: bash runs.sh COMMAND
+
+  demo            train a WaNet victim on the bundled digits, detect it, remove the backdoor
+  test            run the tests
+  mnist           every MNIST row of the README (hours on 2 cores; finished runs are skipped)
+  gpu             the CIFAR-10 and GTSRB rows (needs a GPU; finished runs are skipped)
+  bench [DATASET] folded against one label at a time, in seconds (default: digits)
+  setup           only make the environment
+
+The first use makes .venv, unless an environment is active, and installs requirements.txt.
+TEXT
+}
+
+setup() {
+  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+  fi
+  mkdir -p runs/logs
+  if ! python -m pip install -q -r requirements.txt >runs/logs/setup.log 2>&1; then
+    tail -n 5 runs/logs/setup.log >&2
+    echo "the installation failed; its log: runs/logs/setup.log" >&2
+    exit 1
+  fi
+}
+
+# run METHOD ARGS...: one script, its output on the terminal and in a log of its own
+run() {
+  local log
+  log="runs/logs/$(echo "$*" | tr -cs 'a-zA-Z0-9._\n' '-').log"
+  echo "== python methods/$1.py ${*:2}"
+  if ! python "methods/$1.py" "${@:2}" 2>&1 | tee "$log"; then
+    echo "failed: python methods/$1.py ${*:2}; its log: $log" >&2
+    exit 1
+  fi
+}
+
+# once FOLDER METHOD ARGS...: run unless FOLDER holds a result
+once() {
+  if [ -f "$1/result.json" ]; then echo "== done: $1"; else run "${@:2}"; fi
+}
+
+# victims ATTACK DATASET ARCH SEEDS...
+victims() {
+  for seed in "${@:4}"; do
+    once "runs/$2-$3-$1-s$seed" "$1" --dataset "$2" --seed "$seed"
+  done
+}
+
+# audit DEFENCE VICTIM SEED ARGS...
+audit() {
+  once "$2/$1-s$3" "$1" --ckpt "$2" --seed "$3" "${@:4}"
+}
+
+demo() {
+  run wanet --dataset digits --s 1.0
+  run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none
+}
+
+mnist() {
+  local r=runs/mnist-mnist_cnn
+  local gen="--lpips-net none --repair-fraction .01 .03 .05"
+  victims clean mnist mnist_cnn 0 1 2 3 4 5 6 7 8 9
+  victims badnets mnist mnist_cnn 0 1 2 3 4
+  victims wanet mnist mnist_cnn 0 1 2
+  for s in 0 1 2 3 4 5 6 7 8 9; do
+    audit nc "$r-clean-s$s" "$s"
+    audit generator_reverse "$r-clean-s$s" "$s" --lpips-net none
+  done
+  for s in 0 1 2 3 4; do
+    audit nc "$r-badnets-s$s" "$s"
+    audit generator_reverse "$r-badnets-s$s" "$s" --lpips-net none
+  done
+  for s in 0 1 2; do audit nc "$r-wanet-s$s" "$s"; done
+  for pair in "0 0" "0 1" "0 2" "0 3" "1 0" "1 1" "1 2" "2 0" "2 1" "2 2"; do
+    # shellcheck disable=SC2086
+    set -- $pair
+    # shellcheck disable=SC2086
+    audit generator_reverse "$r-wanet-s$1" "$2" $gen
+  done
+  python results/table.py runs/mnist-* --save results/mnist.json
+}
+
+gpu() {
+  for dataset in cifar10 gtsrb; do
+    local r=runs/$dataset-preact_resnet18
+    for attack in clean badnets wanet; do victims "$attack" "$dataset" preact_resnet18 0 1 2; done
+    for attack in clean badnets wanet; do
+      for s in 0 1 2; do
+        audit nc "$r-$attack-s$s" "$s"
+        audit generator_reverse "$r-$attack-s$s" "$s"
+      done
+    done
+    python results/table.py "$r"-* --save "results/$dataset.json"
+  done
+}
+
+bench() {
+  local dataset=${1:-digits} labels out=runs/bench
+  run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
+  for method in nc generator_reverse; do
+    for labels in 1 default; do
+      local options=()
+      [ "$labels" = 1 ] && options=(--labels-at-once 1)
+      if [ "$method" = nc ]; then options+=(--steps 40 --batch-size 64)
+      else options+=(--steps 50 --pretrain-steps 200 --lpips-net none); fi
+      run "$method" --ckpt "$out/victim" --out "$out/$method-$labels" "${options[@]}"
+    done
+  done
+  python results/table.py --bench "$out"
+}
+
+case "${1:-}" in
+  demo | mnist | gpu | bench) setup && "$@" ;;
+  setup) setup ;;
+  test) setup && python -m pytest ;;
+  "") usage ;;
+  *) usage >&2 && exit 2 ;;
+esac

@@ -1,0 +1,92 @@
+"""The README's commands, tables and runs.sh do what they say."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script, write_npz
+
+from common.models import build_model
+
+sys.path.insert(0, str(ROOT / "results"))
+import table
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.strip()]
+SCRIPTS = [command for command in COMMANDS if command[0] == "python"]
+SHORT = {
+    "badnets": ["--epochs", "2"],
+    "nc": ["--steps", "2", "--batches", "1"],
+    "generator_reverse": ["--steps", "2", "--pretrain-steps", "2", "--lpips-net", "none"],
+}
+
+
+def test_every_command_runs_in_its_short_form(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_npz(tmp_path / "data" / "cifar10.npz", shape=(32, 32, 3), classes=10, count=60)
+    model = build_model("preact_resnet18", 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    torch.save({"netC": model.net.state_dict()}, tmp_path / "suspect.pt")
+    assert len(SCRIPTS) >= 4
+    for command in SCRIPTS:
+        name = command[1].removeprefix("methods/").removesuffix(".py")
+        done = run_script(name, *command[2:], *SHORT[name], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"RESULT {name} " in done.stdout
+
+
+def test_every_script_is_in_the_table_of_methods():
+    for path in (ROOT / "methods").glob("*.py"):
+        assert f"| `methods/{path.name}` |" in README
+
+
+def test_tables_are_what_the_results_print():
+    """No figure in the README that results/mnist.json does not hold."""
+    results = json.loads((ROOT / "results" / "mnist.json").read_text())
+    for rendered in table.tables(results).values():
+        assert rendered in README
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert table.spread([1, 2, 3]) == "2.00 ± 1.00 (3)"
+    assert table.spread([5]) == "5.00 ± 0.00 (1)"
+
+
+def runs_sh(*args, cwd=ROOT, **environment):
+    command = ["bash", "runs.sh", *args]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def test_runs_sh_alone_lists_its_commands():
+    done = runs_sh()
+    text = (ROOT / "runs.sh").read_text()
+    listed = set(re.findall(r"^  (\w+)  ", done.stdout, re.M)) | {"bench"}
+    assert done.returncode == 0
+    assert listed == {"demo", "test", "mnist", "gpu", "bench", "setup"}
+    assert all(f"{name}()" in text or f"{name})" in text for name in listed)
+    assert {command[2] for command in COMMANDS if command[0] == "bash"} <= listed
+    assert runs_sh("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("failing", ["wanet", "generator_reverse"])
+def test_runs_sh_stops_at_the_first_failing_run(tmp_path, failing):
+    """A stand-in for python fails at one script: its log is named and nothing runs after it."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> calls\ncase "$1" in *{failing}.py) exit 2;; esac\n')
+    stub.chmod(0o755)
+    (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = runs_sh("demo", cwd=tmp_path, PATH=path, VIRTUAL_ENV="here")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert done.returncode == 1
+    assert f"methods/{failing}.py" in calls[-1]
+    log = done.stderr.strip().rsplit("its log: ", 1)[1]
+    assert failing in log and (tmp_path / log).exists()

@@ -10,7 +10,7 @@ usage: bash runs.sh COMMAND
   demo            train a WaNet victim on the bundled digits, detect it, remove the backdoor
   test            run the tests
   mnist           every MNIST row of the README (hours on 2 cores; finished runs are skipped)
-  gpu             the CIFAR-10 and GTSRB rows (needs a GPU; finished runs are skipped)
+  gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
@@ -96,7 +96,7 @@ gpu() {
     for attack in clean badnets wanet; do
       for s in 0 1 2; do
         audit nc "$r-$attack-s$s" "$s"
-        audit generator_reverse "$r-$attack-s$s" "$s"
+        audit generator_reverse "$r-$attack-s$s" "$s" "$@"
       done
     done
     python results/table.py "$r"-* --save "results/$dataset.json"
@@ -115,6 +115,11 @@ bench() {
       run "$method" --ckpt "$out/victim" --out "$out/$method-$labels" "${options[@]}"
     done
   done
+  local start
+  start=$(date +%s%N)
+  run clean --dataset digits --epochs 1 --train-images 128 --out "$out/start"
+  echo "one training step on digits, from the script's start to its end:" \
+    "$((($(date +%s%N) - start) / 1000000)) ms"
   python results/table.py --bench "$out"
 }
 

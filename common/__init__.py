@@ -21,6 +21,14 @@ def check_positive(args, *names):
             fail(f"--{name.replace('_', '-')} must be above 0; got {value}")
 
 
+def check_share(args, *names):
+    """Fail unless each named argument lies in (0, 1] (None: not given, the default holds)."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1:
+            fail(f"--{name.replace('_', '-')} must lie in (0, 1]; got {value}")
+
+
 @contextlib.contextmanager
 def written_whole(path):
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it otherwise.

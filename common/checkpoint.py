@@ -24,6 +24,7 @@ from common.models import Classifier, build_model
 
 FORMAT = 1
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
+PARTS += ("reversed.png", "reversed.npz", "norms.png", "generated.png", "triggers.png")
 
 
 @dataclass
@@ -200,6 +201,8 @@ def load_victim(args, device):
     """
     path = Path(args.ckpt)
     path = path / "model.pt" if path.is_dir() else path
+    if args.out and Path(args.out).resolve() == path.parent.resolve():
+        fail(f"--out {args.out} is the checkpoint's own folder, whose files would be replaced")
     checkpoint = read_checkpoint(path)
     if "format" not in checkpoint:
         return load_foreign(checkpoint, path, args, device)
@@ -237,6 +240,8 @@ def load_foreign(checkpoint, path, args, device):
             break
     data = load_dataset(args.dataset, args.data_dir, device)
     mean, std = args.mean or data.spec.mean, args.std or data.spec.std
+    if not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+        fail(f"--mean must be finite and --std above 0; got {mean} and {std}")
     model = build_model(args.arch, data.classes, data.shape, mean, std)
     state = {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
     load_strictly(model.net, state, path, args.arch)
@@ -252,3 +257,10 @@ def load_strictly(module, state, path, arch):
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         fail(f"{path} does not fit {arch}: {lines[1] if len(lines) > 1 else lines[0]}")
+    if not is_finite(module):
+        fail(f"{path} holds weights that are not finite")
+
+
+def is_finite(module):
+    """Whether every parameter and buffer is free of NaN and infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import fail, make_folder, written_whole
+from common import check_positive, check_share, fail, make_folder, written_whole
 from common.checkpoint import (
     clear_folder,
     load_model,
@@ -232,7 +232,10 @@ def unlearn(model, x, y, mask, pattern, label, stamped, lr, batch_size=32):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    if not model(to_float(x[:500])).isfinite().all():
+        fail("the model's outputs are not finite after unlearning; no model is kept")
+    return model
 
 
 def draw(path, masks, patterns, norms, indices):
@@ -254,20 +257,23 @@ def draw(path, masks, patterns, norms, indices):
         axis.set_title(f"label {label}\n|m| {norms[label]:.1f}{index}", fontsize=7)
     figure.tight_layout()
     with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
 if __name__ == "__main__":
     args = parse_args()
+    check_positive(args, "threshold", "steps", "batches", "batch_size", "lr", "labels_at_once")
+    check_positive(args, "unlearn_lr")
+    check_share(args, "data_fraction", "stamped")
     start = time.time()
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     victim = load_victim(args, device)
     model, data = victim.model, victim.data
-    folder = make_folder(args.out or victim.folder / f"nc-s{args.seed}")
     split = defender_split(data.y_train, args.data_fraction, args.seed)
     x_clean, y_clean = data.x_train[split], data.y_train[split]
+    folder = make_folder(args.out or victim.folder / f"nc-s{args.seed}")
 
     # ===== Reverse =====
     labels = list(range(data.classes))
@@ -318,10 +324,6 @@ if __name__ == "__main__":
             f"p = {decision['p_value']:.4f} under a clean model, "
             f"ratio to the median {decision['ratio'] or math.nan:.2f}"
         )
-    clear_folder(folder)
-    draw(folder / "reversed.png", masks, patterns, norms, indices)
-    with written_whole(folder / "reversed.npz") as path:
-        np.savez_compressed(path, masks=masks.cpu().numpy(), patterns=patterns.cpu().numpy())
 
     # ===== Repair =====
     repaired = baseline = None
@@ -330,11 +332,16 @@ if __name__ == "__main__":
         arguments = masks[label], patterns[label], label, args.stamped, args.unlearn_lr
         repaired = unlearn(model, x_clean, y_clean, *arguments)
         baseline = unlearn(model, x_clean, y_clean, None, None, *arguments[2:])
+    else:
+        print("nothing is flagged, so nothing is repaired")
+    clear_folder(folder)
+    draw(folder / "reversed.png", masks, patterns, norms, indices)
+    with written_whole(folder / "reversed.npz") as path:
+        np.savez_compressed(path, masks=masks.cpu().numpy(), patterns=patterns.cpu().numpy())
+    if flagged:
         trigger = {"mask": masks[label], "pattern": patterns[label]}
         save_model(folder, repaired, data, victim.arch, args, metrics, trigger)
         repaired = load_model(read_checkpoint(folder / "model.pt"), folder / "model.pt", device)
-    else:
-        print("nothing is flagged, so nothing is repaired")
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
@@ -15,7 +16,14 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from common.checkpoint import load_victim  # noqa: E402
 from common.datasets import load_dataset  # noqa: E402
+from common.models import build_model  # noqa: E402
+
+ATTACKS, DEFENCES = ["clean", "badnets", "wanet"], ["nc", "generator_reverse"]
+SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
+SHORT["nc"] = ["--steps", 2, "--batches", 1]
+SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
 
 
 def script_command(name, *args):
@@ -33,6 +41,12 @@ def run_script(name, *args, cwd):
 def result_of(folder):
     """The contents of a checkpoint folder's result.json."""
     return json.loads((Path(folder) / "result.json").read_text())
+
+
+def loaded(path, **flags):
+    """The Victim that a defence gets from `--ckpt path` and its other flags."""
+    absent = dict.fromkeys(["out", "arch", "dataset", "mean", "std"]) | {"data_dir": "data"}
+    return load_victim(Namespace(ckpt=str(path), **(absent | flags)), torch.device("cpu"))
 
 
 def files_below(folder):
@@ -117,6 +131,15 @@ def digits_badnets(victims, digits_clean):
 def digits_wanet(victims, digits_clean):
     """Checkpoint folder of a WaNet model with target 0, s = 1; its control lies beside it."""
     return victims("wanet", "--s", 1.0)
+
+
+@pytest.fixture
+def untrained():
+    """A frozen mnist_cnn for digits, its weights as drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model("mnist_cnn", 10, (1, 28, 28), (0.5,), (0.5,))
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,15 @@ import contextlib
 import os
 import signal
 import subprocess
+from argparse import Namespace
 
 import numpy as np
 import pytest
-from conftest import files_below, run_script, script_command, write_npz
+import torch
+from conftest import ATTACKS, DEFENCES, SHORT, files_below, run_script, script_command, write_npz
 
-ATTACKS = ["clean", "badnets", "wanet"]
-SHORT = "--epochs", 1, "--train-images", 300
+from common import checkpoint
+from common.datasets import load_dataset
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def refused(inline, one_line, tmp_path):
 
     def run(name, *args):
         before = files_below(tmp_path)
-        message = one_line(inline, name, *SHORT, *args)
+        message = one_line(inline, name, *SHORT[name], *args)
         assert files_below(tmp_path) == before
         return message
 
@@ -78,11 +80,15 @@ def test_bad_flag_of_an_attack(refused, name, args):
     refused(name, *args)
 
 
+def explosive(folder):
+    """An object that leaves a file in `folder` when it is unpickled."""
+    exploded = folder / "exploded"
+    return type("Bomb", (), {"__reduce__": lambda self: (open, (str(exploded), "w"))})()
+
+
 def bomb(path):
-    """An .npz whose labels are pickled objects that would leave a file behind."""
-    exploded = path.with_name("exploded")
-    call = type("Bomb", (), {"__reduce__": lambda self: (open, (str(exploded), "w"))})
-    write_npz(path, y_train=np.array([call()] * 30, dtype=object))
+    """An .npz whose labels are pickled objects."""
+    write_npz(path, y_train=np.array([explosive(path.parent)] * 30, dtype=object))
 
 
 def truncated(path):
@@ -136,9 +142,10 @@ def test_nan_keeps_no_model_even_in_the_last_step(refused, name):
 
 
 def test_nan_loss_leaves_an_earlier_run_alone(inline, one_line, tmp_path):
-    inline("clean", *SHORT, "--out", "kept")
+    flags = *SHORT["clean"], "--out", "kept"
+    inline("clean", *flags)
     before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
-    one_line(inline, "clean", *SHORT, "--out", "kept", "--lr", "1e30")
+    one_line(inline, "clean", *flags, "--lr", "1e30")
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
 
 
@@ -148,7 +155,7 @@ def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd
     control.mkdir(parents=True)
     (control / "model.pt").write_bytes(b"damaged")
     with contextlib.suppress(SystemExit):
-        inline("badnets", *SHORT)
+        inline("badnets", *SHORT["badnets"])
     trained = "epoch 1/1" in capfd.readouterr().out
     victim = tmp_path / "runs" / "digits-mnist_cnn-badnets-s0"
     assert (victim / "model.pt").exists() or not trained
@@ -184,3 +191,140 @@ def test_interrupt_leaves_no_file(name, tmp_path):
         process.kill()
     assert process.returncode != 0
     assert files_below(tmp_path) == []
+
+
+# ===== Defences =====
+
+
+@pytest.fixture
+def suspect(tmp_path, untrained):
+    """A checkpoint of digits as an attack would write it, in `victim`; returns model.pt."""
+    data = load_dataset("digits", "data", "cpu")
+    (tmp_path / "victim").mkdir()
+    checkpoint.save_model(tmp_path / "victim", untrained, data, "mnist_cnn", Namespace(), {})
+    return tmp_path / "victim" / "model.pt"
+
+
+every_defence = pytest.mark.parametrize("name", DEFENCES)
+
+
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        *(
+            case
+            for flags, values in {
+                "--steps --batch-size --lr --labels-at-once --threshold": (0, -1),
+                "--lr --threshold": ("nan", "inf"),
+                "--data-fraction": (0, 2, -0.1, "nan"),
+            }.items()
+            for flag in flags.split()
+            for value in values
+            for case in each("nc generator_reverse", flag, value)
+        ),
+        *each("nc generator_reverse", "--device", "abacus"),
+        *each("nc generator_reverse", "--out", "victim"),  # its files would be replaced
+        *each("nc generator_reverse", "--out", "victim/model.pt"),
+        *each("nc generator_reverse", "--out", "victim/model.pt/below"),
+        *each("nc generator_reverse", "--dataset", "nowhere.npz"),
+        *each("nc generator_reverse", "--dataset", "imagenet"),
+        *each("nc", "--batches", 0),
+        *each("nc", "--unlearn-lr", 0),
+        *(case for share in (0, 1.5, "nan") for case in each("nc", "--stamped", share)),
+        *each("generator_reverse", "--width", 0),
+        *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
+        *each("generator_reverse", "--pretrain-steps", 0),
+        *each("generator_reverse", "--asr-goal", 0),
+        *each("generator_reverse", "--asr-goal", 80),
+        *each("generator_reverse", "--lambdas", -1, 1, 1),
+        *each("generator_reverse", "--lambdas", 0.1, "nan", 1),
+        *each("generator_reverse", "--repair-epochs", 0),
+        *each("generator_reverse", "--repair-lr", 0),
+        *each("generator_reverse", "--repair-fraction", 0.5, 0),
+        *each("generator_reverse", "--repair-fraction", 2),
+        *each("generator_reverse", "--lr", "1e30"),
+    ],
+    ids=str,
+)
+def test_bad_flag_of_a_defence(refused, suspect, name, args):
+    before = suspect.read_bytes()
+    refused(name, "--ckpt", suspect.parent, *args)
+    assert suspect.read_bytes() == before
+
+
+def changed(**entries):
+    """Rewrite a checkpoint with other entries."""
+
+    def change(path):
+        torch.save(torch.load(path, weights_only=True) | entries, path)
+
+    return change
+
+
+def poisoned_weight(value):
+    def change(path):
+        held = torch.load(path, weights_only=True)
+        held["state_dict"]["net.conv1.weight"][0, 0, 1, 1] = value
+        torch.save(held, path)
+
+    return change
+
+
+BAD_CHECKPOINTS = {
+    "missing": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:9999]),
+    "empty": lambda path: path.write_bytes(b""),
+    "bomb": lambda path: torch.save({"format": 1, "x": explosive(path.parents[1])}, path),
+    "other architecture": changed(arch="vgg16"),
+    "wrong class count": changed(classes=7),
+    "other images": changed(image_shape=[3, 32, 32]),
+    "NaN": poisoned_weight(float("nan")),
+    "infinity": poisoned_weight(float("inf")),
+    "bomb beside it": lambda path: np.savez(
+        path.with_name("poisoned_test.npz"), x=np.array([explosive(path.parents[1])] * 2)
+    ),
+}
+
+
+@every_defence
+@pytest.mark.parametrize("spoil", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_bad_checkpoint(refused, suspect, tmp_path, name, spoil):
+    spoil(suspect)
+    refused(name, "--ckpt", suspect.parent)
+    assert not (tmp_path / "exploded").exists()
+
+
+@every_defence
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--arch", "mnist_cnn"],
+        ["--arch", "vgg16", "--dataset", "digits"],
+        ["--arch", "resnet9000", "--dataset", "digits"],
+        ["--arch", "mnist_cnn", "--dataset", "own.npz"],
+        ["--arch", "mnist_cnn", "--dataset", "digits", "--std", 0],
+        ["--arch", "mnist_cnn", "--dataset", "digits", "--mean", "nan"],
+        ["--arch", "mnist_cnn", "--dataset", "digits", "--mean", 0.1, 0.2, 0.3],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_bare_state_dict_of_another_kind(refused, tmp_path, untrained, name, flags):
+    write_npz(tmp_path / "own.npz", (64, 64), 10)
+    torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
+    refused(name, "--ckpt", "suspect.pt", *flags)
+
+
+@every_defence
+@pytest.mark.parametrize("shape, classes", [((32, 32), 10), ((28, 28), 7)], ids=str)
+def test_images_that_the_model_was_not_trained_on(refused, suspect, tmp_path, name, shape, classes):
+    write_npz(tmp_path / "own.npz", shape, classes)
+    refused(name, "--ckpt", suspect, "--dataset", "own.npz")
+
+
+@every_defence
+def test_defence_refuses_in_a_fresh_process(name, tmp_path):
+    run = run_script(name, "--ckpt", "nowhere", cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1 and "no such checkpoint" in run.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -20,8 +20,9 @@ ATTACKS = ["clean", "badnets", "wanet"]
 
 def arguments(path, **changed):
     """What a defence's parse_args hands to load_victim."""
-    fields = {"ckpt": str(path), "arch": None, "dataset": None, "data_dir": "data"}
-    return Namespace(**(fields | {"mean": None, "std": None} | changed))
+    fields = {"ckpt": str(path), "out": None, "arch": None, "dataset": None}
+    fields |= {"data_dir": "data", "mean": None, "std": None}
+    return Namespace(**(fields | changed))
 
 
 def load(path, **changed):

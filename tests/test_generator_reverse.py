@@ -1,0 +1,471 @@
+"""Reversed generators against stubs, models with known answers, plain autograd, and on digits."""
+
+import copy
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHORT, files_below, loaded, result_of, run_script
+from planted import CLASSES, SIDE, TARGET, Bar, Planted, frozen, images, index_of
+from scipy.optimize import minimize
+from torch import nn
+
+from common.checkpoint import read_checkpoint
+from common.metrics import accuracy, case_of, verdict
+from methods import generator_reverse as gr
+
+ALL = list(range(CLASSES))
+WEIGHTS = [0.1, 1.0, 0.1]
+
+
+class Additive(nn.Module):
+    """x + c, one trainable c per pixel: the training of its copies is a convex problem."""
+
+    def __init__(self, start=0.0):
+        super().__init__()
+        self.c = nn.Parameter(torch.full((1, SIDE, SIDE), start))
+
+    def forward(self, x):
+        return x + self.c
+
+
+class OnlyClass(nn.Module):
+    """Blackens nothing but the images whose first pixel says class `c`."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x * (x[:, :1, :1, :1] != self.c)
+
+
+def unet(channels=1, width=4, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return gr.Generator(channels, width)
+
+
+def train(
+    model, start, data, labels=ALL, steps=10, batch_size=30, lr=1e-2, weights=WEIGHTS, lpips=None
+):
+    """train_generators with one l1 for all labels: (parameters, terms)."""
+    lambda1 = torch.full((len(labels),), weights[0])
+    settings = lambda1, weights, lpips, steps, batch_size, lr, 0, Bar()
+    return gr.train_generators(model, start, *data, labels, *settings)
+
+
+def pretrained(x, goal, steps, lr=1e-2, seed=0):
+    torch.manual_seed(seed)
+    return gr.pretrain(x, 4, WEIGHTS, None, goal, steps, 30, lr, seed, Bar())
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """(planted images, their labels, a U-Net that has begun to copy them)."""
+    x, y = images(6)
+    return x, y, pretrained(x, 0.1, 300)[0]
+
+
+def same(a, b):
+    """Whether two dictionaries of tensors are bitwise equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(*modules):
+    return [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
+
+
+# ===== Equation 5 =====
+
+
+@pytest.mark.parametrize("channels, height, width", [(1, 28, 28), (3, 16, 20)])
+def test_norm_of_a_constant_shift_is_exact(channels, height, width):
+    shifts = torch.tensor([0.25, -0.5, 0.0, 0.125, -1.0])
+    x = torch.randint(0, 4, (600, channels, height, width)) / 4  # sums without rounding
+    model = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 5))
+    parameters = {"c": shifts.view(5, 1, 1, 1).expand(5, 1, SIDE, SIDE)[..., :1, :1]}
+    y = torch.arange(600) % 5
+    norms, asrs = gr.evaluate_generators(model, Additive(), parameters, x, y, range(5))
+    assert norms == [abs(c) * channels * height * width for c in shifts.tolist()]
+    for label, c in enumerate(shifts):
+        others = x[y != label] + c
+        expected = (model(others).argmax(1) == label).float().mean()
+        assert asrs[label] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_images_of_the_label_do_not_count():
+    y = torch.arange(50) % 5
+    x = torch.rand(50, 1, 4, 4)
+    x[:, 0, 0, 0] = y + 1.0
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    own, next_one = (
+        gr.evaluate_generators(model, OnlyClass(), {"c": codes}, x, y, range(5))[0]
+        for codes in (torch.arange(1.0, 6), torch.arange(5.0).add(1).roll(-1))
+    )
+    assert own == [0] * 5
+    for label, norm in enumerate(next_one):
+        changed = x[y == (label + 1) % 5].sum()
+        assert norm == pytest.approx((changed / (y != label).sum()).item(), rel=1e-5)
+
+
+HAND = [5, 5.2, 4.8, 5.1, 4.9, 5.3, 4.7, 5, 5.2, 1]
+
+
+@pytest.mark.parametrize(
+    "norms, asr, target, flagged, case",
+    [
+        (HAND, 1, 9, [9], 1),
+        ([*HAND[:8], 1.5, 1], 1, 9, [9, 8], 2),
+        (HAND, 1, 4, [9], 3),
+        ([*HAND[:9], 4.9], 1, 9, [], 4),
+        (HAND, 0.79, 9, [], 4),  # smallest m, but its generator missed the goal of .8
+        ([*HAND[:8], 1.5, 1], 0.79, 8, [8], 1),
+    ],
+)
+def test_cases_of_hand_made_norms(norms, asr, target, flagged, case):
+    asrs = np.array([1.0] * 9 + [asr])
+    decision = verdict(norms, asrs >= 0.8)
+    assert decision["flagged"] == flagged and case_of(decision["flagged"], target) == case
+
+
+# ===== Training of the generators =====
+
+
+def best_shift(label, weights, path):
+    """The convex optimum of l1 CE + l2 MSE over additive changes, in float64, by L-BFGS."""
+    w = Planted(path).linear.weight.detach().double().numpy()
+    x, y = (a.numpy() for a in images(1))
+    x = x.reshape(CLASSES, -1)[y != label].astype(float)
+
+    def loss(c):
+        z = (x + c) @ w.T
+        z = z - z.max(1, keepdims=True)
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        value = -weights[0] * np.log(p[:, label]).mean() + weights[1] * (c**2).mean()
+        p[:, label] -= 1
+        return value, weights[0] * (p @ w).mean(0) + weights[1] * 2 * c / c.size
+
+    return minimize(loss, np.zeros(SIDE**2), jac=True, method="L-BFGS-B").x
+
+
+@pytest.mark.parametrize("path, flagged", [("linear", [TARGET]), ("none", [])])
+def test_additive_generators_reach_the_convex_optimum(path, flagged):
+    """Full batches of equally many images per class; the target needs the least change."""
+    x, y = images(1)
+    model, labels = frozen(path), ALL
+    weights = [0.1, 5.0, 0.0]
+    expected = np.stack([best_shift(k, weights, path) for k in labels])
+    parameters, _ = train(model, Additive(), (x, y), steps=1000, batch_size=10, weights=weights)
+    np.testing.assert_allclose(parameters["c"].flatten(1), expected, atol=2e-3)
+    norms, asrs = gr.evaluate_generators(model, Additive(), parameters, x, y, labels)
+    np.testing.assert_allclose(norms, np.abs(expected).sum(1), rtol=1e-2)
+    decision = verdict(norms, np.array(asrs) >= 0.8)
+    assert min(asrs) == 1 and decision["flagged"] == flagged
+    assert decision["index"] == pytest.approx(index_of(np.abs(expected).sum(1)), rel=1e-2)
+    if flagged:
+        change = parameters["c"][TARGET].flatten().abs()
+        assert change.argmax() == 0 and change[0] > 3 * change[1:].max()
+
+
+@pytest.mark.parametrize("path", ["linear", "none"])
+def test_unet_finds_the_planted_pixel(planted, path):
+    """Measured over four seeds: pixel 0 rises by .32 to .50, on a clean model by at most .07."""
+    x, y, start = planted
+    model = frozen(path)
+    parameters, _ = train(model, start, (x, y), [TARGET], steps=60)
+    _, asrs = gr.evaluate_generators(model, start, parameters, x, y, [TARGET])
+    own, others = {k: v[0] for k, v in parameters.items()}, x[y != TARGET]
+    with torch.no_grad():
+        change = torch.func.functional_call(start, own, (others,)) - others
+    change = change.mean(0).flatten()
+    assert asrs == [1]
+    assert (change[0] > 0.25 and change.argmax() == 0) == (path == "linear")
+    assert change[0] < 0.12 or path == "linear"
+
+
+class Square(nn.Module):
+    """Stands in for LPIPS: 7 times the mean square of the red channel's difference at 64 px."""
+
+    def forward(self, a, b, normalize):
+        return 7 * (a - b)[:, 0].square().mean((1, 2)).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("lpips", [None, Square()])
+@pytest.mark.parametrize("weights", [[0.3, 2.0, 0.5], [0.0, 1.0, 0.0], [1.0, 0.0, 4.0]])
+def test_one_step_follows_the_plain_gradient(monkeypatch, untrained, lpips, weights):
+    """Eq. (2)-(4) without stacking, by autograd per label; SGD shows the gradient's size."""
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: torch.optim.SGD(p, lr))
+    x, y = torch.rand(12, 1, 28, 28), torch.arange(12) % CLASSES
+    start, labels = unet(), [1, 4]
+    parameters, terms = train(
+        untrained, start, (x, y), labels, 1, 12, lr=1, weights=weights, lpips=lpips
+    )
+    for i, label in enumerate(labels):
+        g, others = copy.deepcopy(start), x[y != label]
+        made = g(others)
+        parts = [F.cross_entropy(untrained(made), torch.full((len(others),), label))]
+        parts.append(((made - others) ** 2).mean())
+        large = [F.interpolate(a, size=64, mode="bilinear") for a in (made, others)]
+        parts.append(7 * F.mse_loss(*large) if lpips else torch.zeros(()))
+        torch.testing.assert_close(terms[i], torch.stack(parts).detach(), rtol=1e-4, atol=1e-6)
+        sum(w * part for w, part in zip(weights, parts)).backward()
+        for name, p in g.named_parameters():
+            torch.testing.assert_close(
+                start.get_parameter(name) - parameters[name][i], p.grad, rtol=1e-3, atol=1e-5
+            )
+
+
+def test_pretraining_follows_both_reconstruction_terms(monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: torch.optim.SGD(p, lr))
+    x, seed = torch.rand(10, 1, 28, 28), 3
+    torch.manual_seed(seed)
+    start = gr.Generator(1, 4)
+    torch.manual_seed(seed)
+    after, *_ = gr.pretrain(x, 4, [9.0, 2.0, 0.5], Square(), 0, 1, 10, 1.0, 0, Bar())
+    made = start(x)
+    large = [F.interpolate(a, size=64, mode="bilinear") for a in (made, x)]
+    (2 * F.mse_loss(made, x) + 0.5 * 7 * F.mse_loss(*large)).backward()
+    for name, p in start.named_parameters():
+        step = p - after.get_parameter(name)
+        torch.testing.assert_close(step, p.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [[ALL[::-1]], [[0], [3], [9]], [[8, 3, 5], [1, 2]]])
+def test_neither_order_nor_stacking_matters(untrained, split):
+    data = torch.rand(40, 1, 28, 28), torch.arange(40) % CLASSES
+    start = unet()
+
+    def run(labels):
+        parameters, _ = train(untrained, start, data, labels, steps=8, batch_size=16, lr=1e-3)
+        return gr.evaluate_generators(untrained, start, parameters, *data, labels)
+
+    norms, asrs = run(ALL)
+    assert len({round(norm, 3) for norm in norms}) == CLASSES
+    for labels in split:
+        own_norms, own_asrs = run(labels)
+        np.testing.assert_allclose(own_norms, [norms[k] for k in labels], rtol=1e-3)
+        np.testing.assert_allclose(own_asrs, [asrs[k] for k in labels], atol=0.03)
+
+
+def test_start_and_classifier_stay_as_they_are(untrained):
+    """Their BatchNorm statistics too."""
+    data, start = (torch.rand(20, 1, 28, 28), torch.arange(20) % CLASSES), unet()
+    before, kept = snapshot(untrained, start), data[0].clone()
+    parameters, _ = train(untrained, start, data, steps=3, batch_size=8)
+    gr.evaluate_generators(untrained, start, parameters, *data, ALL)
+    gr.finetune(untrained, *data, start, 1, 0.01)
+    for module, state in zip((untrained, start), before):
+        assert same(module.state_dict(), state)
+    assert torch.equal(data[0], kept) and not untrained.training
+    assert not any(p.requires_grad for p in untrained.parameters())
+    assert not torch.equal(parameters["out.weight"][0], start.out.weight)
+
+
+def test_images_of_the_label_do_not_train_its_generator(untrained):
+    x, y = torch.rand(40, 1, 28, 28), torch.arange(40) % CLASSES
+    noise = torch.where((y == TARGET).view(-1, 1, 1, 1), torch.rand(x.shape), x)
+    a, b = (train(untrained, unet(), (data, y), [TARGET, 5])[0] for data in (x, noise))
+    for name in a:
+        torch.testing.assert_close(a[name][0], b[name][0], rtol=0, atol=1e-6)
+    assert not torch.allclose(a["out.weight"][1], b["out.weight"][1], rtol=0, atol=1e-5)
+
+
+def test_batches_of_the_label_alone_leave_its_generator(untrained):
+    data, start = (torch.rand(8, 1, 28, 28), torch.full((8,), TARGET)), unet()
+    parameters, _ = train(untrained, start, data, [TARGET])
+    assert same({k: v[0] for k, v in parameters.items()}, dict(start.named_parameters()))
+
+
+@pytest.mark.parametrize("lr", [1e-2, 0])
+def test_without_the_attack_term_nothing_is_flagged(planted, lr):
+    """l1 = 0: all generators stay near the autoencoder; with lr = 0 all norms tie and MAD is 0."""
+    x, y, start = planted
+    model = frozen()
+    parameters, _ = train(model, start, (x, y), weights=[0.0, 1.0, 0.0], lr=lr)
+    norms, asrs = gr.evaluate_generators(model, start, parameters, x, y, ALL)
+    assert max(asrs) < 0.1  # the autoencoder attacks nothing
+    decision = verdict(norms, np.array(asrs) >= 0.8)
+    assert decision["flagged"] == [] and decision["index"] == 0 and decision["p_value"] == 1
+    if lr == 0:
+        assert verdict([norms[0]] * CLASSES)["index"] == 0
+        np.testing.assert_allclose(norms, norms[0], rtol=0.2)  # as other images stay away
+
+
+# ===== Search of lambda 1 =====
+
+
+@pytest.mark.parametrize("thresholds", [[0.002, 0.1, 3.7, 9.5], [0.5], [1e-5, 100, 0.03]])
+def test_search_finds_the_smallest_sufficient_lambda1(thresholds):
+    """Six halvings of [.001, 10] in log space leave a factor of 10^(4/64)."""
+    calls = []
+
+    def step(lambda1):
+        calls.append(lambda1)
+        return lambda1, None
+
+    def evaluate(lambda1):
+        wanted = torch.tensor(thresholds)
+        return None, torch.where(lambda1 >= wanted, 0.9, 0.89).tolist()
+
+    found = gr.search_lambda1(step, evaluate, len(thresholds), 0.9, torch.device("cpu"))
+    assert len(calls) == 6
+    for lambda1, threshold in zip(found.tolist(), thresholds):
+        within = min(max(threshold, 1e-3), 10)
+        assert within * 0.9999 <= lambda1 <= within * 10 ** (4 / 64) * 1.0001
+
+
+# ===== The generator and its pre-training =====
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("height, width", [(28, 28), (30, 30), (32, 32), (30, 33)])
+def test_generator_keeps_shape_and_range(channels, height, width):
+    generator = unet(channels)
+    x = torch.rand(2, channels, height, width)
+    both, _ = torch.func.stack_module_state([generator, unet(channels, seed=1)])
+    stacked = gr.generate(copy.deepcopy(generator).to("meta"), both, x)
+    assert stacked.shape == (2, *x.shape)
+    torch.testing.assert_close(stacked[0], generator(x))
+    for scale in (1, 1e4):  # a sigmoid, whatever its input
+        generator.out.weight.data *= scale
+        made = generator(x)
+        assert made.shape == x.shape and 0 <= made.min() <= made.max() <= 1
+
+
+@pytest.mark.parametrize("goal, steps, taken", [(10, 350, 100), (0, 130, 130), (0, 3, 3)])
+def test_pretraining_stops_at_its_goal_and_reports(goal, steps, taken):
+    x, _ = images(4)
+    generator, residual, spread, reported = pretrained(x, goal, steps)
+    with torch.no_grad():
+        expected = np.abs((generator(x) - x).numpy()).sum((1, 2, 3)).mean()
+    assert reported == taken and residual == pytest.approx(expected, rel=1e-4)
+    assert spread == pytest.approx((x - x.mean()).abs().sum((1, 2, 3)).mean().item())
+
+
+# ===== Mitigation =====
+
+
+class Spot(nn.Module):
+    """The trigger of the planted model: pixel 0 white."""
+
+    def forward(self, x):
+        x = x.clone()
+        x[:, :, 0, 0] = 1
+        return x
+
+
+def test_finetuning_lowers_the_planted_weight_alone():
+    x, y = images(40)
+    model = frozen()
+    torch.manual_seed(0)
+    after, baseline = (
+        gr.finetune(model, x, y, generator, 10, 0.05).linear.weight for generator in (Spot(), None)
+    )
+    assert after[TARGET, 0] < 13 and baseline[TARGET, 0] == 20
+    assert not torch.equal(baseline, model.linear.weight)
+
+
+def test_finetuning_with_identity_is_finetuning_on_duplicates(untrained):
+    x, y = torch.rand(70, 1, 28, 28), torch.arange(70) % CLASSES
+    results = []
+    for data, generator in (((x, y), nn.Identity()), ((x.repeat(2, 1, 1, 1), y.repeat(2)), None)):
+        torch.manual_seed(5)
+        results.append(gr.finetune(untrained, *data, generator, 2, 0.01))
+    assert same(results[0].state_dict(), results[1].state_dict())
+    assert not same(results[0].state_dict(), untrained.state_dict())
+    assert not results[0].training and not any(p.requires_grad for p in results[0].parameters())
+
+
+@pytest.mark.parametrize("generator", [None, Spot()])
+def test_no_epoch_no_change(untrained, generator):
+    x, y = torch.rand(20, 1, 28, 28), torch.arange(20) % CLASSES
+    after = gr.finetune(untrained, x, y, generator, 0, 0.01)
+    assert after is not untrained and same(after.state_dict(), untrained.state_dict())
+
+
+@pytest.mark.parametrize("count, lr", [(200, 1e30), (20, 1e38)])
+def test_diverging_finetuning_keeps_no_model(untrained, one_line, count, lr):
+    """With 20 images there is a single step, after which no loss is computed."""
+    x, y = torch.rand(count, 1, 28, 28), torch.arange(count) % CLASSES
+    one_line(gr.finetune, untrained, x, y, None, 1, lr)
+
+
+# ===== A whole run on digits, through the command line =====
+
+
+def test_lpips_without_its_weights_stops_before_the_work(
+    inline, one_line, tmp_path, monkeypatch, untrained
+):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
+    flags = "--arch", "mnist_cnn", "--dataset", "digits", "--lpips-net", "alex"
+    message = one_line(inline, "generator_reverse", "--ckpt", "suspect.pt", *flags)
+    assert "--lpips-net none" in message and files_below(tmp_path) == ["suspect.pt"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits_wanet):
+    """Default settings but for half the width and fewer, larger steps."""
+    out = tmp_path_factory.mktemp("generators")
+    flags = "--width", 4, "--pretrain-steps", 400, "--steps", 60, "--lr", 3e-3, "--batch-size", 32
+    common = "--ckpt", digits_wanet, "--out", out, "--lpips-net", "none"
+    done = run_script("generator_reverse", *common, *flags, cwd=out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_run_finds_the_target_and_removes_the_backdoor(run):
+    out, printed = run
+    metrics = result_of(out)["metrics"]
+    assert metrics["flagged"][0] == 0 and metrics["case"] in (1, 2)
+    assert "backdoored, target label 0" in printed and "LPIPS term dropped" in printed
+    assert metrics["asr"] > 85 and metrics["asr_repaired"] <= 10
+    assert metrics["asr_repaired"] < metrics["asr_clean_only"] - 20
+    assert metrics["clean_accuracy_repaired"] >= metrics["clean_accuracy"] - 3
+    assert metrics["robust_accuracy_repaired"] > 80 and min(metrics["asrs"]) >= 0.8
+    assert metrics["index"] == pytest.approx(index_of(metrics["norms"]))
+    assert metrics["pretrain_residual"] < 0.3 * metrics["spread"]
+
+
+def test_saved_model_is_the_repaired_one(run, digits_wanet):
+    out, _ = run
+    victim, repaired = loaded(digits_wanet), loaded(out)
+    metrics, attack = result_of(out)["metrics"], (victim.x_poisoned, victim.y_target)
+    assert not same(victim.model.state_dict(), repaired.model.state_dict())
+    assert accuracy(repaired.model, *attack) == pytest.approx(metrics["asr_repaired"], abs=1e-4)
+    assert accuracy(victim.model, *attack) == pytest.approx(metrics["asr"], abs=1e-4)
+
+
+def test_saved_generator_is_the_reversed_trigger(run, digits_wanet, digits):
+    """It loads, attacks the victim as reported, and no longer the repaired model."""
+    out, _ = run
+    generator = gr.Generator(1, 4)
+    held = read_checkpoint(out / "model.pt")["trigger"]
+    generator.load_state_dict({k.removeprefix("generator."): v for k, v in held.items()})
+    x = digits.x_test[digits.y_test != 0] / 255
+    with torch.no_grad():
+        made = generator(x)
+        before, after = (
+            (loaded(folder).model(made).argmax(1) == 0).float().mean()
+            for folder in (digits_wanet, out)
+        )
+    change = (made - x).abs().sum((1, 2, 3)).mean().item()
+    assert before > 0.95 and after < 0.1
+    assert change == pytest.approx(result_of(out)["metrics"]["norms"][0], rel=0.1)
+
+
+def test_search_of_lambda1_through_the_command_line(inline, tmp_path, untrained):
+    """Seven trainings per label; the untrained model is beaten in none, so l1 stays at most 10."""
+    torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
+    flags = ["--arch", "mnist_cnn", "--dataset", "digits", "--search-lambda1", "--asr-goal", 1]
+    ran = inline("generator_reverse", "--ckpt", "suspect.pt", *flags, *SHORT["generator_reverse"])
+    assert ran["lambda1"].shape == (2,)  # of the last two labels
+    assert ((ran["lambda1"] >= 1e-3) & (ran["lambda1"] <= 10)).all()
+    assert ran["metrics"]["verdict"] == "clean"

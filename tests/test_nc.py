@@ -190,6 +190,29 @@ def test_images_of_the_label_neither_succeed_nor_fail(monkeypatch, sign, asr):
     assert seen == [asr]
 
 
+@pytest.mark.parametrize("cost", [0.0, 0.01, 1.0])
+def test_one_update_follows_the_plain_gradient(monkeypatch, untrained, cost):
+    """Eq. (3) of one label at a time, by autograd: mean CE over other images + lambda |m|_1."""
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, betas: torch.optim.SGD(p, lr))
+    monkeypatch.setattr(nc, "Search", lambda search=nc.Search: search(cost=cost))
+    data, labels = (torch.rand(12, 1, 28, 28), torch.arange(12) % 5), [1, 4]
+    before, after = (
+        reverse(untrained, labels, data, 1, batches, batch_size=12, lr=0.5)[:2]
+        for batches in (1, 2)  # the second batch sees the first one's update
+    )
+    for i, label in enumerate(labels):
+        start = [torch.special.logit(tensor[i]) / 2 for tensor in before]
+        free = [w.requires_grad_() for w in start]
+        mask, pattern = (torch.sigmoid(2 * w) for w in free)  # = tanh(w) / 2 + .5
+        x = data[0][data[1] != label]
+        stamped = (1 - mask) * x + mask * pattern
+        loss = F.cross_entropy(untrained(stamped), torch.full((len(x),), label))
+        (loss + cost * mask.sum()).backward()
+        for w, tensor in zip(free, after):
+            expected = torch.sigmoid(2 * (w - 0.5 * w.grad)).detach()
+            torch.testing.assert_close(tensor[i], expected, rtol=0, atol=1e-5)
+
+
 def test_images_of_the_label_do_not_train_its_trigger():
     x, y = images()
     noise = torch.where((y == TARGET).view(-1, 1, 1, 1), torch.rand(x.shape), x)

@@ -45,7 +45,7 @@ def test_checkpoint_folder(inline, tmp_path, name, digits_badnets, capfd):
 def test_same_seed_same_figures_however_many_labels_at_once(inline, tmp_path, name, digits_badnets):
     def run(seed, *flags):
         out = tmp_path / f"{seed}{len(list(tmp_path.iterdir()))}"
-        common = "--ckpt", digits_badnets, "--out", out, "--seed", seed
+        common = "--ckpt", digits_badnets, "--out", out, "--seed", seed, "--data-fraction", 0.05
         inline(name, *common, *SHORT[name], *flags)
         metrics = result_of(out)["metrics"]
         del metrics["search_seconds"]
@@ -53,7 +53,7 @@ def test_same_seed_same_figures_however_many_labels_at_once(inline, tmp_path, na
 
     first = run(0)
     assert run(0) == first and run(1)["norms"] != first["norms"]
-    for count in (1, 4, 99):
+    for count in (1, 4):
         metrics = run(0, "--labels-at-once", count)
         np.testing.assert_allclose(metrics["norms"], first["norms"], rtol=1e-3)
         assert metrics["flagged"] == first["flagged"]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_npz
+from conftest import ROOT, SHORT, run_script, write_npz
 
 from common.models import build_model
 
@@ -21,11 +21,6 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.strip()]
 SCRIPTS = [command for command in COMMANDS if command[0] == "python"]
-SHORT = {
-    "badnets": ["--epochs", "2"],
-    "nc": ["--steps", "2", "--batches", "1"],
-    "generator_reverse": ["--steps", "2", "--pretrain-steps", "2", "--lpips-net", "none"],
-}
 
 
 def test_every_command_runs_in_its_short_form(tmp_path):

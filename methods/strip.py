@@ -1,0 +1,288 @@
+"""STRIP (Gao et al., ACSAC 2019, arXiv 1902.06531): an input whose label nothing can disturb.
+
+Other clean images are laid over an input. An innocent input loses its label, and the predictions
+over many overlays differ; a trigger survives the overlays and its label stays. The mean entropy of
+the predictions is therefore low for triggered inputs.
+
+Kind: detects inputs, at test time. Given: the model's outputs and a clean share of its training
+data, whose labels are not used. Answers: for an input, does it carry a trigger.
+Assumes a trigger that works on every image and survives the overlay. Known to fail on input-aware
+and other sample-specific triggers, on source-specific backdoors and on attackers who train for a
+high entropy.
+
+Equations: x_n = x + o_n, clipped to [0,1] -> superimpose; H_n = -sum_i y_i log2 y_i and
+H = (1/N) sum_n H_n -> entropies (bits, from 0 to log2 K); boundary = mu + sigma Phi^-1(FRR) ->
+normal_boundary; an input is flagged when H <= boundary.
+
+Differs from the authors' code: the sum is clipped to [0,1], as an image would be (theirs reaches
+2); overlays and the images that fit the boundary are disjoint parts of the training data; the
+false rejection rate (FRR, clean inputs flagged) and the false acceptance rate (FAR, triggered
+inputs passed) are read on test images; the triggered ones are never of the target class. The
+empirical quantile stands beside the normal fit, for entropies are skewed; where the normal fit
+is negative (saturating MNIST digits, as the paper says) the empirical quantile takes its place.
+
+    python methods/strip.py --ckpt runs/mnist-mnist_cnn-badnets-s0
+
+The paper, MNIST with a square trigger, N = 100: FAR 1.85 % at FRR 1 %. Results: README.md.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import check_positive, fail, make_folder, written_whole
+from common.checkpoint import clear_folder, load_victim, save_result
+from common.datasets import defender_split, pick_device, to_float
+from common.metrics import accuracy, predict
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
+    p.add_argument("--arch", help="architecture of a bare state dict")
+    p.add_argument("--dataset", help="dataset of a bare state dict, or its path")
+    p.add_argument(
+        "--mean", type=float, nargs="+", help="its normalisation (default: the dataset's)"
+    )
+    p.add_argument(
+        "--std", type=float, nargs="+", help="its normalisation (default: the dataset's)"
+    )
+    p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
+    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--out", help="folder to write (default: <checkpoint folder>/<defence>-s<seed>)")
+    p.add_argument(
+        "--data-fraction",
+        type=float,
+        help="the defender's share of the training data (default: .1, at least 600 images)",
+    )
+    p.add_argument(
+        "--blend",
+        default="add",
+        choices=["add", "average"],
+        help="x + o clipped (paper), or (x + o) / 2, which halves the trigger",
+    )
+    p.add_argument("--overlays", type=int, default=100, help="N, overlays per input (paper 100)")
+    p.add_argument(
+        "--fit-images",
+        type=int,
+        help="clean images that fit the boundary (default: all others of the share, at most the "
+        "paper's 2000)",
+    )
+    p.add_argument(
+        "--frr", type=float, default=0.01, help="false rejection rate of the verdict (paper .01)"
+    )
+    p.add_argument(
+        "--inputs", type=int, default=2000, help="most clean and triggered inputs (paper 2000)"
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=2000, help="superimposed images per forward pass"
+    )
+    return p.parse_args()
+
+
+FRRS = (0.005, 0.01, 0.02, 0.05)  # the rates of the paper's Table 3, and 5 %
+
+
+def superimpose(x, overlays, blend):
+    """Every overlay on every input: x M x C x H x W, overlays N x C x H x W, floats in [0,1].
+
+    Returns M x N x C x H x W in [0,1].
+    """
+    total = x[:, None] + overlays[None]
+    return total.clamp_(max=1) if blend == "add" else total / 2
+
+
+def bits(logits):
+    """Shannon entropy over the classes, ... x K logits -> ... bits between 0 and log2 K."""
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1) / math.log(2)
+
+
+@torch.no_grad()
+def entropies(model, x, overlays, blend, batch_size, bar):
+    """H of each uint8 input x (M x C x H x W): the mean over the N overlays of H_n. Returns M.
+
+    The entropy is taken per overlay and then averaged; the entropy of the mean prediction would
+    be high for an input with a steady but different label per overlay.
+    """
+    overlays, parts = to_float(overlays), []
+    for part in x.split(max(1, batch_size // len(overlays))):
+        mixed = superimpose(to_float(part), overlays, blend)  # B x N x C x H x W
+        h = bits(model(mixed.flatten(0, 1))).view(mixed.shape[:2])
+        parts.append(h.mean(1))
+        bar.update(len(part) * len(overlays))
+    h = torch.cat(parts)
+    if not h.isfinite().all():
+        fail("the model's outputs are not finite: its weights are broken")
+    return h.cpu().double().numpy()
+
+
+def normal_boundary(h, frr):
+    """mu + sigma Phi^-1(FRR) of a normal distribution fitted to clean entropies h."""
+    return float(np.mean(h) + np.std(h) * statistics.NormalDist().inv_cdf(frr))
+
+
+def boundaries(h, frr):
+    """The normal and the empirical boundary; a negative normal one becomes the empirical one.
+
+    No entropy is negative, so a negative boundary would accept every input. Returns (normal,
+    empirical, whether the normal fit failed).
+    """
+    normal, empirical = normal_boundary(h, frr), float(np.quantile(h, frr))
+    return (empirical, empirical, True) if normal < 0 else (normal, empirical, False)
+
+
+def flagged_share(h, boundary):
+    """Percentage of inputs with H <= boundary: on clean inputs the FRR, on triggered 100 - FAR."""
+    return 100 * float(np.mean(np.asarray(h) <= boundary))
+
+
+def draw_histogram(path, named, boundary):
+    """Entropies of each kind of input as the share per bin, with the boundary."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    bins = np.linspace(0, max(1e-3, *(h.max() for h in named.values())), 50)
+    for name, h in named.items():
+        axis.hist(h, bins, weights=np.full(len(h), 100 / len(h)), alpha=0.6, label=name)
+    axis.axvline(boundary, color="grey", linewidth=0.8, label=f"boundary {boundary:.3g}")
+    axis.set(xlabel="mean entropy H in bits", ylabel="% of inputs")
+    axis.legend()
+    figure.tight_layout()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    check_positive(args, "overlays", "fit_images", "inputs", "batch_size")
+    if not 0 < args.frr < 0.5:
+        fail(f"--frr {args.frr} must lie in (0, .5)")
+    if args.fit_images == 1:
+        fail("--fit-images 1: a boundary needs at least 2 images")
+    start = time.time()
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    victim = load_victim(args, device)
+    model, data = victim.model, victim.data
+    enough = min(1.0, 600 / len(data.x_train))
+    if args.data_fraction is None:
+        args.data_fraction = max(0.1, enough)
+    split = defender_split(data.y_train, args.data_fraction, args.seed)
+    asked = args.overlays + (args.fit_images or 2)
+    if len(split) < asked:
+        fail(
+            f"{args.overlays} overlays and {args.fit_images or 'at least 2'} images for the "
+            f"boundary need {asked} clean images; the defender's share holds {len(split)}"
+        )
+    folder = make_folder(args.out or victim.folder / f"strip-s{args.seed}")
+    generator = torch.Generator().manual_seed(args.seed)
+    x_clean = data.x_train[split[torch.randperm(len(split), generator=generator).to(device)]]
+    overlays = x_clean[: args.overlays]
+    x_fit = x_clean[args.overlays :][: args.fit_images or 2000]
+
+    # ===== Boundary =====
+    def score(x):
+        with tqdm(total=len(x) * len(overlays), disable=None, unit="image") as bar:
+            return entropies(model, x, overlays, args.blend, args.batch_size, bar)
+
+    search_start = time.time()
+    h_fit = score(x_fit)
+    search_seconds = time.time() - search_start
+    print(
+        f"{len(x_fit)} clean images under {len(overlays)} overlays: entropy {h_fit.mean():.3f} ± "
+        f"{h_fit.std():.3f} bits of at most {math.log2(data.classes):.3f}"
+    )
+    table = {frr: boundaries(h_fit, frr) for frr in sorted({*FRRS, args.frr})}
+    for frr, (normal, empirical, failed) in table.items():
+        if failed:
+            print(
+                f"FRR {frr:.1%}: the normal fit's boundary {normal_boundary(h_fit, frr):.3f} is "
+                f"negative; the empirical quantile {empirical:.4f} takes its place"
+            )
+        else:
+            print(f"FRR {frr:.1%}: boundary {normal:.4f} normal, {empirical:.4f} empirical")
+    boundary = table[args.frr][0]
+    print(f"an input is flagged when H <= {boundary:.4f} (FRR {args.frr:.1%})")
+    metrics = {
+        "boundary": boundary,
+        "normal_fit_negative": [frr for frr, (_, _, failed) in table.items() if failed],
+        "fit_mean": float(h_fit.mean()),
+        "fit_sd": float(h_fit.std()),
+        "fit_images": len(x_fit),
+        "images_per_second": len(x_fit) * len(overlays) / search_seconds,
+    }
+    seconds = time.time() - start
+
+    # ===== Evaluation: the defender does not see anything below =====
+    def some(count):
+        """At most --inputs rows, drawn by the seed."""
+        return torch.randperm(count, generator=generator)[: args.inputs].to(device)
+
+    named = {"clean": score(data.x_test[some(len(data.x_test))])}
+    metrics["clean_accuracy"] = accuracy(model, data.x_test, data.y_test)
+    metrics |= {"clean_inputs": len(named["clean"]), "clean_mean": float(named["clean"].mean())}
+    if victim.x_poisoned is None:
+        print("no poisoned test images beside the checkpoint: only the FRR can be evaluated")
+    else:
+        chosen = some(len(victim.x_poisoned))
+        x_poisoned, y_target = victim.x_poisoned[chosen], victim.y_target[chosen]
+        named["triggered"] = score(x_poisoned)
+        obeyed = (predict(model, x_poisoned) == y_target).cpu().numpy()
+        h = np.concatenate(list(named.values()))
+        triggered = np.arange(len(h)) >= len(named["clean"])
+        metrics |= {
+            "asr": 100 * float(obeyed.mean()),
+            "asr_n": len(x_poisoned),
+            "triggered_mean": float(named["triggered"].mean()),
+            "auroc": float(roc_auc_score(triggered, -h)),
+        }
+        if metrics["clean_mean"] > 0:
+            metrics["entropy_ratio"] = metrics["triggered_mean"] / metrics["clean_mean"]
+    rows = []
+    for frr, pair in table.items():
+        row = {"frr": 100 * frr}
+        for rule, value in zip(("normal", "empirical"), pair):
+            row[f"boundary_{rule}"] = value
+            row[f"frr_{rule}"] = flagged_share(named["clean"], value)
+            if "triggered" in named:
+                row[f"far_{rule}"] = 100 - flagged_share(named["triggered"], value)
+        rows.append(row)
+    metrics["rates"] = rows
+    metrics["frr"] = flagged_share(named["clean"], boundary)
+    if "triggered" in named:
+        metrics["far"] = 100 - flagged_share(named["triggered"], boundary)
+        if obeyed.any():  # a triggered input that the model does not obey is no attack
+            metrics["far_obeyed"] = 100 - flagged_share(named["triggered"][obeyed], boundary)
+    clear_folder(folder)
+    draw_histogram(folder / "entropies.png", named, boundary)
+    with written_whole(folder / "entropies.npz") as path:
+        np.savez_compressed(path, fit=h_fit, **named)
+
+    # ===== Report =====
+    for row in rows:
+        parts = [f"nominal FRR {row['frr']:.1f} %"]
+        for rule in ("normal", "empirical"):
+            far = f", FAR {row[f'far_{rule}']:.2f} %" if f"far_{rule}" in row else ""
+            parts.append(
+                f"{rule} {row[f'boundary_{rule}']:.4f}: FRR {row[f'frr_{rule}']:.2f} %{far}"
+            )
+        print("; ".join(parts))
+    for name in ("auroc", "entropy_ratio", "clean_accuracy", "asr"):
+        if name in metrics:
+            print(f"{name.replace('_', ' ')}: {metrics[name]:.3f}")
+    print(f"figures: {', '.join(map(str, sorted(folder.glob('*.png'))))}")
+    save_result(folder, "strip", args, seconds, metrics, device)

@@ -1,0 +1,377 @@
+"""Fine-Pruning against planted channels and explicit masks, and runs on digits."""
+
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import files_below, result_of, run_script
+from torch import nn
+
+from common.checkpoint import load_model, load_victim, read_checkpoint
+from common.datasets import SPECS, to_float
+from common.metrics import accuracy, predict
+from common.models import ARCHITECTURES, build_model
+from methods import fine_pruning as fp
+
+CPU = torch.device("cpu")
+CASES = [(arch, layer) for arch, layers in fp.LAYERS.items() for layer in layers]
+
+
+class Bar:
+    def update(self, count=1):
+        pass
+
+
+def random_model(arch):
+    """A network with arbitrary weights and BatchNorm statistics, and twelve images for it."""
+    torch.manual_seed(0)
+    shape = (1, 28, 28) if arch == "mnist_cnn" else (3, 32, 32)
+    model = build_model(arch, 5, shape, (0.5,) * shape[0], (0.5,) * shape[0])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randint(0, 256, (12, *shape)).to(torch.uint8)
+    return model.eval().requires_grad_(False), x
+
+
+def penultimate_by_hand(model, arch, layer, x):
+    """The pruned tensor, written out from each network's forward: N x C [x H x W]."""
+    net = model.net
+    x = (x / 255 - model.mean) / model.std
+    if arch == "mnist_cnn":
+        a = net.layer4(net.layer3(F.relu(net.conv1(x))))
+        return a if layer == "layer4" else F.relu(net.linear6(a.flatten(1)))
+    if arch == "preact_resnet18":
+        return net.layer4(net.layer3(net.layer2(net.layer1(net.conv1(x)))))
+    if arch == "vgg16":
+        return net.features(x)
+    return F.relu(net.bn2(net.conv2(net.layers(F.relu(net.bn1(net.conv1(x)))))))
+
+
+def masked_forward(model, layer, mask, x):
+    """Logits with the channels of the layer's output multiplied by a 0/1 mask."""
+    hook = getattr(model.net, layer).register_forward_hook(
+        lambda module, inputs, output: output * mask.view(1, -1, *[1] * (output.dim() - 2))
+    )
+    logits = model(x / 255)
+    hook.remove()
+    return logits
+
+
+def test_every_architecture_has_a_layer():
+    assert set(fp.LAYERS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("arch, layer", CASES)
+def test_scores_and_features(arch, layer):
+    """Mean |a| over images and positions: a mean over the pooled values would cancel signs."""
+    model, x = random_model(arch)
+    relu, linear, _ = fp.LAYERS[arch][layer]
+    scores, features = fp.activations(model, layer, relu, linear, x, batch_size=5)
+    a = penultimate_by_hand(model, arch, layer, x)
+    axes = (0, 2, 3) if a.dim() == 4 else (0,)
+    torch.testing.assert_close(scores, a.abs().mean(axes), rtol=1e-4, atol=1e-6)
+    flattened = a.dim() == 4 and arch == "mnist_cnn"
+    expected = a.flatten(1) if flattened or a.dim() == 2 else a.mean((2, 3))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    signed = arch == "preact_resnet18" or layer == "layer4"
+    assert (a < 0).any().item() == signed
+
+
+@pytest.mark.parametrize("arch, layer", CASES)
+def test_curve_equals_pruned_copies_equals_masks(arch, layer):
+    """Three ways to the same logits: cached features, zeroed weights, a mask in the forward."""
+    model, x = random_model(arch)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    relu, linear, above = fp.LAYERS[arch][layer]
+    scores, features = fp.activations(model, layer, relu, linear, x)
+    order, channels = scores.argsort(stable=True), len(scores)
+    entered = getattr(model.net, linear)
+    rows = fp.curve_logits(features, entered.weight, entered.bias, order)
+    assert rows.shape == (12, channels + 1, entered.out_features)
+    y = predict(model, x).roll(1)
+    curve = fp.curve(model, linear, above, features, y, order)
+    for count in (0, 1, channels // 3, channels - 1, channels):
+        pruned = fp.prune(model, linear, channels, order[:count])
+        mask = torch.ones(channels)
+        mask[order[:count]] = 0
+        logits = pruned(x / 255)
+        torch.testing.assert_close(logits, masked_forward(model, layer, mask, x))
+        row = rows[:, count]
+        if above:
+            row = getattr(model.net, above)(F.relu(row))
+        torch.testing.assert_close(row, logits, rtol=1e-4, atol=1e-4)
+        assert curve[count] == pytest.approx(accuracy(pruned, x, y), abs=1e-4)
+    assert torch.equal(fp.prune(model, linear, channels, order[:0])(x / 255), model(x / 255))
+    assert (logits == logits[0]).all()  # nothing is left of the image
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_pruning_is_removing_the_channel():
+    """mnist_cnn's last convolution without its pruned filters, rebuilt with 64 - 20 of them."""
+    model, x = random_model("mnist_cnn")
+    pruned = torch.randperm(64)[:20]
+    kept = torch.tensor([c for c in range(64) if c not in pruned.tolist()])
+    logits = fp.prune(model, "linear6", 64, pruned)(x / 255)
+    net = model.net
+    conv, weight = net.layer4.conv1.weight[kept], net.linear6.weight.view(512, 64, 16)[:, kept]
+    a = net.layer3(F.relu(net.conv1((x / 255 - 0.5) / 0.5)))
+    a = F.conv2d(F.relu(net.layer4.bn1(a)), conv, stride=2, padding=1)
+    a = F.relu(F.linear(a.flatten(1), weight.flatten(1), net.linear6.bias))
+    torch.testing.assert_close(logits, net.linear9(a), rtol=1e-4, atol=1e-4)
+
+
+class Planted(nn.Module):
+    """Channel j is pixel j; the linear layer is given."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.net = nn.Module()
+        self.net.pick = nn.Flatten()
+        self.net.linear = nn.Linear(weight.shape[1], weight.shape[0])
+        self.net.linear.weight.data, self.net.linear.bias.data = weight, torch.zeros(len(weight))
+
+    def forward(self, x):
+        return self.net.linear(self.net.pick(x))
+
+
+def test_planted_channels():
+    """Channel 4 is the trigger, silent on clean data; 3 is idle; 0, 1, 2 tell the classes."""
+    weight = torch.zeros(3, 6)
+    weight[0, 0] = weight[1, 1] = weight[2, 2] = 1
+    weight[0, 4] = 9
+    model = Planted(weight)
+    y = torch.arange(30) % 3
+    x = torch.zeros(30, 1, 1, 6, dtype=torch.uint8)
+    x[:, 0, 0, 3] = 5
+    x[:, 0, 0, 5] = 2
+    for label, brightness in enumerate((100, 150, 200)):
+        x[y == label, 0, 0, label] = brightness
+    triggered = x[y != 0].clone()
+    triggered[..., 4] = 255
+    scores, features = fp.activations(model, "pick", False, "linear", x, batch_size=7)
+    means = x.view(30, 6).double().mean(0).numpy() / 255
+    np.testing.assert_allclose(scores, means, rtol=1e-5)
+    order = scores.argsort(stable=True)
+    assert order.tolist() == np.argsort(means).tolist() == [4, 5, 3, 0, 1, 2]
+    _, attacked = fp.activations(model, "pick", False, "linear", triggered)
+    target = torch.zeros(20, dtype=torch.int64)
+    asr = fp.curve(model, "linear", None, attacked, target, order)
+    assert asr[:4].tolist() == [100, 0, 0, 0]  # it goes exactly with its channel
+    clean = fp.curve(model, "linear", None, features, y, order)
+    # class 0 is the first of equal logits, so it outlives its own channel
+    np.testing.assert_allclose(clean, [100, 100, 100, 100, 100, 200 / 3, 100 / 3])
+    assert fp.stop_point(clean, 4) == 4 and fp.stop_point(clean, 40) == 5
+    repaired = fp.prune(model, "linear", 6, order[:4])
+    assert accuracy(repaired, triggered, target) == 0 and accuracy(repaired, x, y) == 100
+
+
+@pytest.mark.parametrize(
+    "accuracies, max_drop, count",
+    [
+        ([100, 99, 96, 95.9, 99], 4, 2),  # the first fall ends it, a later rise does not count
+        ([100, 99, 96, 96], 4, 3),
+        ([90, 80, 90], 4, 0),
+        ([90, 91, 90, 89.9], 0, 2),
+        ([90, 10, 0], 100, 2),
+    ],
+)
+def test_stop_point(accuracies, max_drop, count):
+    assert fp.stop_point(np.array(accuracies, dtype=float), max_drop) == count
+
+
+def tuned(model, linear, channels, pruned, x, y, epochs=3, lr=0.05):
+    torch.manual_seed(5)
+    spec = SPECS["digits"]
+    return fp.finetune(model, linear, channels, pruned, x, y, spec, epochs, lr, 40, Bar())
+
+
+@pytest.mark.parametrize("layer", fp.LAYERS["mnist_cnn"])
+def test_fine_tuning_keeps_the_mask(digits, layer):
+    """The same weights as fine-tuning with the mask in every forward pass."""
+    model, _ = random_model("mnist_cnn")
+    x, y = digits.x_train[:200], digits.y_train[:200] % 5
+    relu, linear, _ = fp.LAYERS["mnist_cnn"][layer]
+    scores, _ = fp.activations(model, layer, relu, linear, x)
+    channels, pruned = len(scores), scores.argsort()[: len(scores) // 2]
+    start = fp.prune(model, linear, channels, pruned)
+    before = {k: v.clone() for k, v in start.state_dict().items()}
+    after = tuned(start, linear, channels, pruned, x, y)
+    weights = getattr(after.net, linear).weight.unflatten(1, (channels, -1))
+    assert (weights[:, pruned] == 0).all() and (weights != 0).any()
+    assert not after.training and not any(p.requires_grad for p in after.parameters())
+    for key, value in start.state_dict().items():
+        assert torch.equal(value, before[key]), key  # the model that was handed in stays
+    mask = torch.ones(channels)
+    mask[pruned] = 0
+    per_value = mask.repeat_interleave(weights.shape[2])
+    handle = getattr(model.net, linear).register_forward_pre_hook(
+        lambda module, inputs: inputs[0] * per_value
+    )
+    reference = tuned(model, linear, channels, pruned[:0], x, y).state_dict()
+    handle.remove()
+    for key, value in after.state_dict().items():
+        if key == f"net.{linear}.weight":
+            value, reference[key] = (v * per_value for v in (value, reference[key]))
+        torch.testing.assert_close(value, reference[key], rtol=1e-3, atol=1e-5, msg=key)
+    assert not torch.equal(after.net.conv1.weight, start.net.conv1.weight)
+
+
+def test_fine_tuning_that_diverges_is_refused(digits, one_line):
+    model, _ = random_model("mnist_cnn")
+    x, y = digits.x_train[:100], digits.y_train[:100] % 5
+    none = torch.zeros(0, dtype=torch.int64)
+    assert "loss" in one_line(tuned, model, "linear9", 512, none, x, y, lr=1e30)
+
+
+# ===== Whole runs on digits =====
+
+
+def load(folder):
+    return load_model(read_checkpoint(folder / "model.pt"), folder, CPU)
+
+
+@pytest.mark.parametrize("layer, channels, least", [("linear6", 512, 100), ("layer4", 64, 16)])
+def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, least):
+    """The saved file is the masked model, and its figures are the ones reported."""
+    before = files_below(digits_badnets)
+    flags = "--mode", "prune", "--layer", layer, "--out", tmp_path / "out"
+    ran = inline("fine_pruning", "--ckpt", digits_badnets, *flags)
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert (metrics["channels"], metrics["layer"], metrics["mode"]) == (channels, layer, "prune")
+    count = metrics["pruned"]
+    assert least <= count < channels
+    assert metrics["held_out_accuracy_pruned"] >= metrics["held_out_accuracy"] - 4
+    saved, original = load(tmp_path / "out"), load(digits_badnets)
+    with np.load(tmp_path / "out" / "curve.npz") as archive:
+        curves = {key: archive[key] for key in archive}
+    order = torch.from_numpy(curves["order"])
+    assert sorted(order.tolist()) == list(range(channels))
+    assert (np.diff(curves["scores"][order]) >= 0).all()
+    mask = torch.ones(channels)
+    mask[order[:count]] = 0
+    x = digits.x_test[:50]
+    torch.testing.assert_close(saved(to_float(x)), masked_forward(original, layer, mask, x))
+    assert not torch.allclose(saved(to_float(x)), original(to_float(x)))
+    assert metrics["clean_accuracy_repaired"] == pytest.approx(
+        accuracy(saved, digits.x_test, digits.y_test)
+    )
+    fields = {"ckpt": str(digits_badnets), "dataset": None, "data_dir": "data"}
+    victim = load_victim(argparse.Namespace(**fields), CPU)
+    for name, x, y in (
+        ("clean_accuracy", digits.x_test, digits.y_test),
+        ("ASR", victim.x_poisoned, victim.y_target),
+    ):
+        assert len(curves[name]) == channels + 1
+        assert curves[name][count] == pytest.approx(metrics[f"{name.lower()}_repaired"], abs=1e-3)
+        assert curves[name][0] == pytest.approx(metrics[name.lower()], abs=1e-3)
+        for k in (7, channels // 2, channels - 2):
+            copy = fp.prune(original, ran["linear"], channels, order[:k])
+            assert curves[name][k] == pytest.approx(accuracy(copy, x, y), abs=1e-3)
+    assert files_below(tmp_path / "out") == ["curve.npz", "curve.png", "model.pt", "result.json"]
+    assert files_below(digits_badnets) == before
+    held = {i for i in range(len(ran["split"])) if ran["held"][i]}
+    assert len(held) == 60 == metrics["held_out"] and len(ran["x_clean"]) == len(ran["held"]) - 60
+    assert len(ran["y_held"].unique()) == 10
+
+
+def test_silent_channels_go_first_in_the_order_of_their_number(inline, digits_badnets, tmp_path):
+    checkpoint = read_checkpoint(digits_badnets / "model.pt")
+    checkpoint["state_dict"]["net.linear6.bias"][[400, 7, 100]] = -1000
+    torch.save(checkpoint, tmp_path / "model.pt")
+    ran = inline("fine_pruning", "--ckpt", tmp_path, "--mode", "prune")
+    assert ran["order"][:3].tolist() == [7, 100, 400] and ran["metrics"]["silent"] == 3
+    assert ran["accuracies"][3] == ran["accuracies"][0]
+
+
+def test_fine_pruning_removes_badnets_at_a_high_rate(digits, digits_badnets, tmp_path):
+    """Through the command line; the default rate of .01 leaves this backdoor alone."""
+    out = tmp_path / "out"
+    flags = "--lr", 0.05, "--epochs", 40, "--batch-size", 32, "--out", out
+    run = run_script("fine_pruning", "--ckpt", digits_badnets, *flags, cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == ""
+    metrics = result_of(out)["metrics"]
+    assert metrics["asr"] >= 98 and metrics["asr_repaired"] <= 15
+    assert metrics["clean_accuracy_repaired"] >= 94 and metrics["robust_accuracy_repaired"] >= 75
+    assert metrics["clean_accuracy_pruned"] < metrics["clean_accuracy_repaired"]
+    assert metrics["pruned"] > 100 and metrics["asr_pruned"] > 90  # pruning alone does not do it
+    saved = load(out)
+    weight = read_checkpoint(out / "model.pt")["state_dict"]["net.linear9.weight"]
+    assert (weight == 0).all(0).sum() == metrics["pruned"]  # the mask outlives fine-tuning
+    with np.load(digits_badnets / "poisoned_test.npz") as archive:
+        x = torch.from_numpy(archive["x"]).permute(0, 3, 1, 2)
+        hits = 100 * (predict(saved, x).numpy() == archive["y_target"]).mean()
+    assert hits == pytest.approx(metrics["asr_repaired"], abs=1e-4)
+    assert metrics["clean_accuracy_repaired"] == pytest.approx(
+        accuracy(saved, digits.x_test, digits.y_test)
+    )
+    assert "RESULT fine_pruning " in run.stdout and " pruned, " in run.stdout
+
+
+def test_modes_are_the_parts_of_the_whole(inline, digits_badnets, tmp_path):
+    """Each mode's repaired model is the column of the same name in a run that does both."""
+    found = {}
+    for mode in ("fine-prune", "prune", "finetune"):
+        flags = "--mode", mode, "--epochs", 2, "--out", tmp_path / mode
+        inline("fine_pruning", "--ckpt", digits_badnets, *flags)
+        found[mode] = result_of(tmp_path / mode)["metrics"]
+    for figure in ("clean_accuracy", "asr", "robust_accuracy"):
+        both = found["fine-prune"]
+        assert both[f"{figure}_pruned"] == found["prune"][f"{figure}_repaired"]
+        assert both[f"{figure}_clean_only"] == found["finetune"][f"{figure}_repaired"]
+        assert both[figure] == found["finetune"][figure]
+    assert found["finetune"]["pruned"] == 0 and found["prune"]["pruned"] == both["pruned"]
+
+
+def test_the_defender_needs_no_triggered_image(inline, digits_badnets, tmp_path, capfd):
+    """Without poisoned_test.npz: bitwise the same repaired model, and no ASR."""
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    shutil.copy(digits_badnets / "model.pt", blind)
+    flags = "--epochs", 2, "--out"
+    inline("fine_pruning", "--ckpt", digits_badnets, *flags, tmp_path / "seen")
+    inline("fine_pruning", "--ckpt", blind, *flags, tmp_path / "unseen")
+    assert "only the cost can be evaluated" in capfd.readouterr().out
+    seen, unseen = (load(tmp_path / name).state_dict() for name in ("seen", "unseen"))
+    assert all(torch.equal(value, unseen[key]) for key, value in seen.items())
+    metrics = result_of(tmp_path / "unseen")["metrics"]
+    assert not any("asr" in key for key in metrics) and "clean_accuracy_repaired" in metrics
+
+
+def test_cost_to_a_clean_model(inline, digits_clean, tmp_path):
+    inline("fine_pruning", "--ckpt", digits_clean, "--epochs", 10, "--out", tmp_path / "out")
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert metrics["clean_accuracy"] >= 96
+    assert metrics["clean_accuracy_repaired"] >= metrics["clean_accuracy"] - 4
+    assert metrics["pruned"] > 0 and "asr" not in metrics
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--layer", "conv9"], "linear6, layer4"),
+        (["--max-drop", -1], "max-drop"),
+        (["--max-drop", 101], "max-drop"),
+        (["--max-drop", "nan"], "max-drop"),
+        (["--held-out", 0], "held-out"),
+        (["--held-out", 1], "held-out"),
+        (["--epochs", 0], "epochs"),
+        (["--batch-size", -1], "batch-size"),
+        (["--lr", 0], "lr"),
+        (["--lr", "1e30", "--epochs", 1], "loss"),
+        (["--data-fraction", 0], "share"),
+        (["--data-fraction", 0.0001], "held out"),
+        (["--ckpt", "nowhere"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
+    flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
+    assert named in one_line(inline, "fine_pruning", *flags)
+    assert files_below(tmp_path) == []

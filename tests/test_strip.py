@@ -1,0 +1,255 @@
+"""STRIP against toy models with known entropies, its boundaries, and runs on digits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import files_below, result_of, run_script
+from scipy.stats import entropy, norm
+from torch import nn
+
+from methods import strip
+
+CLASSES = 7
+
+
+class Bar:
+    """Counts what a progress bar would show."""
+
+    def __init__(self):
+        self.total = 0
+
+    def update(self, count):
+        self.total += count
+
+
+class Planted(nn.Module):
+    """Class 3 for certain where pixel (0, 0) reaches tau, every class alike elsewhere."""
+
+    def __init__(self, tau):
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, x):
+        logits = torch.zeros(len(x), CLASSES)
+        logits[:, 3] = 1000.0 * (x[:, 0, 0, 0] >= self.tau)
+        return logits
+
+
+def images(count, seed, shape=(3, 8, 8)):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (count, *shape), generator=generator).to(torch.uint8)
+    x[:, :, 0, 0] = 0
+    return x
+
+
+def linear_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES)).eval()
+
+
+def scores(model, x, overlays, blend="add", batch_size=2000):
+    return strip.entropies(model, x, overlays, blend, batch_size, Bar())
+
+
+@pytest.mark.parametrize("blend", ["add", "average"])
+def test_superimposing_against_numpy(blend):
+    x, overlays = images(3, 0) / 255, images(4, 1) / 255
+    before = x.clone(), overlays.clone()
+    mixed = strip.superimpose(x, overlays, blend)
+    assert mixed.shape == (3, 4, 3, 8, 8)
+    for m in range(3):
+        for n in range(4):
+            total = x[m].numpy().astype(np.float64) + overlays[n].numpy()
+            expected = np.minimum(total, 1) if blend == "add" else total / 2
+            np.testing.assert_allclose(mixed[m, n], expected, atol=1e-6)
+    assert mixed.max() <= 1 and torch.equal(x, before[0]) and torch.equal(overlays, before[1])
+
+
+def test_bits():
+    assert strip.bits(torch.tensor([[1000.0, 0, 0, 0]])).item() == 0  # 0 log 0 is no NaN
+    assert strip.bits(torch.zeros(1, 43)).item() == pytest.approx(math.log2(43), abs=1e-5)
+    logits = torch.randn(5, 3, 10, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(-1).numpy()
+    np.testing.assert_allclose(strip.bits(logits), entropy(p, axis=-1, base=2), atol=1e-5)
+
+
+def test_planted_pixel():
+    """A trigger survives addition; averaging halves it, below what the model asks for."""
+    clean, overlays = images(5, 0), images(9, 1)
+    triggered = clean.clone()
+    triggered[:, :, 0, 0] = 255
+    model = Planted(0.9)
+    assert (scores(model, triggered, overlays) == 0).all()
+    np.testing.assert_allclose(scores(model, clean, overlays), math.log2(CLASSES), atol=1e-5)
+    halved = scores(model, triggered, overlays, "average")
+    np.testing.assert_allclose(halved, math.log2(CLASSES), atol=1e-5)
+    assert (scores(Planted(0.45), triggered, overlays, "average") == 0).all()
+
+
+def test_black_overlay_is_the_plain_entropy():
+    model, x = linear_model(), images(20, 0)
+    black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with torch.no_grad():
+        p = model(x / 255).double().softmax(1).numpy()
+    np.testing.assert_allclose(scores(model, x, black), entropy(p, axis=1, base=2), atol=1e-5)
+    with torch.no_grad():
+        p = model(x / 510).double().softmax(1).numpy()
+    halved = scores(model, x, black, "average")
+    np.testing.assert_allclose(halved, entropy(p, axis=1, base=2), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 12, 100, 10**6])
+def test_chunks_change_nothing(batch_size):
+    """Also against one image and one overlay at a time."""
+    model, x, overlays, bar = linear_model(), images(11, 0), images(6, 1), Bar()
+    h = strip.entropies(model, x, overlays, "add", batch_size, bar)
+    assert h.shape == (11,) and bar.total == 66
+    with torch.no_grad():
+        expected = [
+            np.mean(
+                [
+                    entropy(model(((a + o) / 255).clamp(max=1)[None]).softmax(1)[0].numpy(), base=2)
+                    for o in overlays.float()
+                ]
+            )
+            for a in x.float()
+        ]
+    np.testing.assert_allclose(h, expected, atol=1e-5)
+    np.testing.assert_allclose(scores(model, x, overlays.flip(0)), h, atol=1e-6)
+
+
+def test_mean_of_entropies_is_not_the_entropy_of_the_mean():
+    """A model that is certain of each overlay's own label has H = 0, however the labels vary."""
+    overlays = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    for i in range(4):
+        overlays[i, :, 7, i] = 255
+
+    def model(x):
+        return 1000 * x[:, 0, 7, :]
+
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert (scores(model, x, overlays) == 0).all()
+
+
+def test_outputs_that_are_not_finite(one_line):
+    message = one_line(
+        scores, lambda x: torch.full((len(x), 2), math.nan), images(2, 0), images(2, 1)
+    )
+    assert "finite" in message
+
+
+@pytest.mark.parametrize("frr", strip.FRRS)
+def test_boundaries(frr):
+    h = np.random.default_rng(0).normal(1.1, 0.2, 2000)
+    normal, empirical, failed = strip.boundaries(h, frr)
+    assert not failed
+    assert normal == pytest.approx(h.mean() + h.std(ddof=0) * norm.ppf(frr), abs=1e-9)
+    assert strip.normal_boundary(h, 0.01) == pytest.approx(h.mean() - 2.3263 * h.std(), abs=1e-4)
+    assert strip.flagged_share(h, empirical) == pytest.approx(100 * frr, abs=0.051)
+    skewed = np.random.default_rng(0).exponential(0.2, 2000)
+    first, second, failed = strip.boundaries(skewed, frr)
+    assert strip.normal_boundary(skewed, frr) < 0  # mean = sd: at .05 still .2 (1 - 1.64)
+    assert failed and first == second == np.quantile(skewed, frr) > 0
+
+
+def test_flagged_share_counts_ties_as_flagged():
+    h = [0.1, 0.2, 0.2, 0.3]
+    assert [strip.flagged_share(h, b) for b in (0.05, 0.1, 0.2, 0.29, 0.3)] == [0, 25, 75, 75, 100]
+
+
+SHORT = "--overlays", 6, "--inputs", 40, "--data-fraction", 0.05
+
+
+def test_overlays_and_fit_are_disjoint_and_from_the_share(inline, digits, digits_badnets, tmp_path):
+    ran = inline("strip", "--ckpt", digits_badnets, "--out", tmp_path / "out", *SHORT)
+    assert (len(ran["overlays"]), len(ran["x_fit"])) == (6, len(ran["split"]) - 6)
+    held = {image.numpy().tobytes() for image in digits.x_train[ran["split"]]}
+    parts = [{i.numpy().tobytes() for i in ran[name]} for name in ("overlays", "x_fit")]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == held
+    assert not ran["model"].training
+
+
+def test_same_seed_same_figures(inline, digits_badnets, tmp_path):
+    figures = []
+    for seed, out in ((0, "a"), (0, "b"), (1, "c")):
+        flags = "--seed", seed, "--out", tmp_path / out, *SHORT
+        inline("strip", "--ckpt", digits_badnets, *flags)
+        metrics = result_of(tmp_path / out)["metrics"]
+        metrics.pop("images_per_second")
+        figures.append(metrics)
+    assert figures[0] == figures[1] != figures[2]
+
+
+def test_negative_normal_boundary_is_said(inline, digits_badnets, tmp_path, monkeypatch, capfd):
+    """Entropies that spread far: the quantile takes over, in one printed line per rate."""
+    monkeypatch.setattr("statistics.NormalDist.inv_cdf", lambda self, p: -50.0)
+    inline("strip", "--ckpt", digits_badnets, "--out", tmp_path / "out", *SHORT)
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert metrics["normal_fit_negative"] == list(strip.FRRS)
+    assert capfd.readouterr().out.count("takes its place") == 4
+    assert all(row["boundary_normal"] == row["boundary_empirical"] >= 0 for row in metrics["rates"])
+
+
+def test_run_on_badnets(digits_badnets, tmp_path):
+    """Triggered inputs are told from clean ones; every figure again from the raw entropies."""
+    before = files_below(digits_badnets)
+    out = tmp_path / "out"
+    run = run_script("strip", "--ckpt", digits_badnets, "--out", out, cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == ""
+    metrics = result_of(out)["metrics"]
+    with np.load(out / "entropies.npz") as archive:
+        fit, clean, triggered = (archive[k] for k in ("fit", "clean", "triggered"))
+    assert (len(fit), len(clean), len(triggered)) == (501, 360, 324)
+    assert all(h.min() >= 0 and h.max() <= math.log2(10) for h in (fit, clean, triggered))
+    greater = (clean[:, None] > triggered).mean() + 0.5 * (clean[:, None] == triggered).mean()
+    assert metrics["auroc"] == pytest.approx(greater, abs=1e-9) and greater >= 0.97
+    assert metrics["entropy_ratio"] == pytest.approx(triggered.mean() / clean.mean())
+    assert metrics["entropy_ratio"] < 0.2 and metrics["far"] <= 2 and metrics["asr"] >= 98
+    assert [row["frr"] for row in metrics["rates"]] == [0.5, 1, 2, 5]
+    for row in metrics["rates"]:
+        boundary = fit.mean() + norm.ppf(row["frr"] / 100) * fit.std()
+        expected = {"normal": boundary, "empirical": np.quantile(fit, row["frr"] / 100)}
+        for rule, value in expected.items():
+            assert row[f"boundary_{rule}"] == pytest.approx(value, abs=1e-7)
+            assert row[f"frr_{rule}"] == pytest.approx(100 * (clean <= value).mean(), abs=0.3)
+            assert row[f"far_{rule}"] == pytest.approx(100 * (triggered > value).mean(), abs=0.4)
+    assert metrics["frr"] == metrics["rates"][1]["frr_normal"] < 10
+    assert "RESULT strip " in run.stdout and "FAR" in run.stdout
+    assert files_below(out) == ["entropies.npz", "entropies.png", "result.json"]
+    assert files_below(digits_badnets) == before
+
+
+def test_clean_model_has_a_false_rejection_rate_only(inline, digits_clean, tmp_path, capfd):
+    flags = "--out", tmp_path / "out", "--overlays", 20, "--inputs", 100
+    inline("strip", "--ckpt", digits_clean, *flags)
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert metrics["frr"] < 10 and metrics["clean_inputs"] == 100
+    assert not {"far", "auroc", "asr", "entropy_ratio"} & set(metrics)
+    assert "no poisoned test images" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--overlays", 0], "overlays"),
+        (["--inputs", -1], "inputs"),
+        (["--batch-size", 0], "batch-size"),
+        (["--frr", 0], "frr"),
+        (["--frr", 0.5], "frr"),
+        (["--frr", "nan"], "frr"),
+        (["--fit-images", 1], "fit-images"),
+        (["--data-fraction", 0], "share"),
+        (["--data-fraction", 1.1], "share"),
+        (["--overlays", 700], "702 clean images"),
+        (["--fit-images", 502], "602 clean images"),
+        (["--data-fraction", 0.01], "102 clean images"),
+        (["--ckpt", "nowhere"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
+    flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
+    assert named in one_line(inline, "strip", *flags)
+    assert list(tmp_path.iterdir()) == []

@@ -245,9 +245,8 @@ def load_foreign(checkpoint, path, args, device):
     model = build_model(args.arch, data.classes, data.shape, mean, std)
     state = {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
     load_strictly(model.net, state, path, args.arch)
-    return Victim(
-        model.eval().requires_grad_(False).to(device), data, args.arch, path.with_suffix("")
-    )
+    folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-audit")
+    return Victim(model.eval().requires_grad_(False).to(device), data, args.arch, folder)
 
 
 def load_strictly(module, state, path, arch):

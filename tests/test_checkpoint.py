@@ -143,6 +143,14 @@ def test_bare_state_dict(tmp_path, bare, digits, key, prefix):
     assert victim.x_poisoned is None and not victim.model.training
 
 
+@pytest.mark.parametrize("name", ["public.pth", "public"])
+def test_bare_state_dict_has_a_folder_of_its_own(tmp_path, bare, name):
+    """Named after the file, and never the file itself."""
+    torch.save(bare[1], tmp_path / name)
+    folder = load(tmp_path / name, arch="mnist_cnn", dataset="digits").folder
+    assert folder.parent == tmp_path and folder.name.startswith("public") and not folder.exists()
+
+
 def test_bare_state_dict_with_its_own_normalisation(tmp_path, bare, digits):
     model, state = bare
     torch.save(state, tmp_path / "public.pth")

@@ -262,7 +262,7 @@ def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, 
     assert metrics["clean_accuracy_repaired"] == pytest.approx(
         accuracy(saved, digits.x_test, digits.y_test)
     )
-    fields = {"ckpt": str(digits_badnets), "dataset": None, "data_dir": "data"}
+    fields = {"ckpt": str(digits_badnets), "dataset": None, "data_dir": "data", "out": None}
     victim = load_victim(argparse.Namespace(**fields), CPU)
     for name, x, y in (
         ("clean_accuracy", digits.x_test, digits.y_test),

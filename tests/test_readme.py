@@ -26,6 +26,7 @@ SCRIPTS = [command for command in COMMANDS if command[0] == "python"]
 def test_every_command_runs_in_its_short_form(tmp_path):
     (tmp_path / "data").mkdir()
     write_npz(tmp_path / "data" / "cifar10.npz", shape=(32, 32, 3), classes=10, count=60)
+    write_npz(tmp_path / "data" / "mnist.npz", classes=10, count=300)
     model = build_model("preact_resnet18", 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
     torch.save({"netC": model.net.state_dict()}, tmp_path / "suspect.pt")
     assert len(SCRIPTS) >= 4

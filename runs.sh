@@ -106,14 +106,16 @@ gpu() {
 bench() {
   local dataset=${1:-digits} labels out=runs/bench
   run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
-  for method in nc generator_reverse; do
-    for labels in 1 default; do
-      local options=()
-      [ "$labels" = 1 ] && options=(--labels-at-once 1)
-      if [ "$method" = nc ]; then options+=(--steps 40 --batch-size 64)
-      # a small rate, for Adam's steps at a large one amplify the last digit's rounding
-      else options+=(--steps 30 --lr 1e-4 --pretrain-steps 400 --lpips-net none); fi
-      run "$method" --ckpt "$out/victim" --out "$out/$method-$labels" "${options[@]}"
+  for repeat in 1 2 3; do
+    for method in nc generator_reverse; do
+      for labels in 1 default; do
+        local options=()
+        [ "$labels" = 1 ] && options=(--labels-at-once 1)
+        if [ "$method" = nc ]; then options+=(--steps 20 --batch-size 64)
+        # a small rate, for Adam's steps at a large one amplify the last digit's rounding
+        else options+=(--steps 15 --lr 1e-4 --pretrain-steps 200 --lpips-net none); fi
+        run "$method" --ckpt "$out/victim" --out "$out/$method-$labels-$repeat" "${options[@]}"
+      done
     done
   done
   local start

@@ -14,11 +14,14 @@ def fail(message):
 
 
 def check_positive(args, *names):
-    """Fail unless each named argument is a number above 0 (None: not given, the default holds)."""
+    """Fail unless each named argument is above 0 and fits a float32 with room to spare.
+
+    None: not given, the default holds.
+    """
     for name in names:
         value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            fail(f"--{name.replace('_', '-')} must be above 0; got {value}")
+        if value is not None and not 0 < value < 1e36:
+            fail(f"--{name.replace('_', '-')} must be above 0 and below 1e36; got {value}")
 
 
 def check_share(args, *names):

@@ -329,10 +329,10 @@ if __name__ == "__main__":
     repair_splits = [defender_split(data.y_train, f, args.seed) for f in args.repair_fraction]
     split = defender_split(data.y_train, args.data_fraction, args.seed)
     x_clean, y_clean = to_float(data.x_train[split]), data.y_train[split]
+    lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)
     folder = make_folder(args.out or victim.folder / f"generator_reverse-s{args.seed}")
 
     # ===== Reverse =====
-    lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)
     if lpips_net is None:
         print("LPIPS term dropped (--lpips-net none)")
     labels = list(range(data.classes))

@@ -74,8 +74,7 @@ def parse_args():
     p.add_argument(
         "--data-fraction",
         type=float,
-        default=0.1,
-        help="the defender's share of the training data (paper .1)",
+        help="the defender's share of the training data (default: .1, at least 300 images)",
     )
     p.add_argument(
         "--threshold", type=float, default=2.0, help="anomaly index that flags a label (paper 2)"
@@ -274,6 +273,7 @@ if __name__ == "__main__":
     device = pick_device(args.device)
     victim = load_victim(args, device)
     model, data = victim.model, victim.data
+    args.data_fraction = args.data_fraction or max(0.1, min(1.0, 300 / len(data.x_train)))
     split = defender_split(data.y_train, args.data_fraction, args.seed)
     x_clean, y_clean = data.x_train[split], data.y_train[split]
     folder = make_folder(args.out or victim.folder / f"nc-s{args.seed}")

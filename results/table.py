@@ -23,11 +23,26 @@ def collect(folders):
 
 
 def spread(values, digits=2):
-    """'mean ± sd (n)' of a list of numbers."""
+    """'mean ± sd (n)' of numbers."""
     values = [float(value) for value in values]
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {sd:.{digits}f} ({len(values)})"
 
+
+# rows of the tables: the attacks' names in the folders, in the README's order
+ATTACKS = (
+    "badnets",
+    "blend",
+    "blend_50",
+    "blend_70",
+    "wanet",
+    "input_aware",
+    "input_aware_no_cross",
+    "stealthy_adversarial",
+    "stealthy_no_adversarial",
+    "freq_backdoor",
+    "pruning_aware",
+)
 
 # (paper's figures, differs in) by dataset and row; sources: the papers named in README.md
 PAPER = {
@@ -72,12 +87,23 @@ PAPER = {
 
 
 def runs_of(results, script, attack):
-    """The metrics of a script's runs; for a defence, those on victims of `attack`."""
+    """The metrics of a defence's runs on victims of `attack`, or, with script=None, of these.
+
+    `attack` is the last part but one of the victim folder's name: blend, or blend_50 for another
+    setting of the same script.
+    """
     return [
         {"dataset": r["victim"].split("-")[0], **r["metrics"]}
         for r in results
-        if r["script"] == script and (script == attack or r["victim"].split("-")[-2] == attack)
+        if r["victim"].split("-")[-2] == attack
+        and (Path(r["folder"]).name == r["victim"] if script is None else r["script"] == script)
     ]
+
+
+def cell(runs, key):
+    """The spread of metric `key` over the runs, a dash where a run lacks it."""
+    found = [m.get(key) for m in runs]
+    return "–" if None in found else spread(found)
 
 
 def paper(runs, *row):
@@ -86,19 +112,19 @@ def paper(runs, *row):
 
 
 def attack_rows(results):
-    """Clean accuracy, ASR, accuracy under noise, and the trigger's ASR on a clean model."""
-    keys = ("clean_accuracy", "asr", "noise_accuracy", "psnr", "asr_on_clean_model")
-    for script in ("clean", "badnets", "wanet"):
-        runs = runs_of(results, script, script)
-        cells = [spread([m[k] for m in runs]) if all(k in m for m in runs) else "–" for k in keys]
+    """Clean accuracy, ASR, accuracy under noise or cross triggers, the trigger on a clean model."""
+    for attack in ("clean", *ATTACKS):
+        runs = runs_of(results, None, attack)
         if runs:
-            yield [script, *cells, *paper(runs, script)]
+            side = "noise_accuracy" if "noise_accuracy" in runs[0] else "cross_accuracy"
+            keys = ("clean_accuracy", "asr", side, "psnr", "ssim", "asr_on_clean_model")
+            yield [attack, *(cell(runs, key) for key in keys), *paper(runs, attack)]
 
 
 def detector_rows(results):
     """Alarms by the paper's rule and by the p-value, the cases, index and ratio."""
     for script in ("nc", "generator_reverse"):
-        for attack in ("clean", "badnets", "wanet"):
+        for attack in ("clean", *ATTACKS):
             runs = runs_of(results, script, attack)
             if not runs:
                 continue
@@ -120,33 +146,84 @@ def detector_rows(results):
 
 def repair_rows(results):
     """Clean accuracy and ASR after the repair, and after the same fine-tuning without triggers."""
-    for script, attack, shares in (
-        ("nc", "badnets", (0.1,)),
-        ("generator_reverse", "wanet", (0.01, 0.03, 0.05)),
-        ("generator_reverse", "badnets", (0.05,)),
-    ):
-        runs = runs_of(results, script, attack)
-        for share in shares:
-            suffix = "" if share == shares[-1] else f"_{share:g}"
-            repaired = [m for m in runs if f"clean_accuracy_repaired{suffix}" in m]
-            if not repaired:
-                continue
-            after = [m[f"clean_accuracy_repaired{suffix}"] for m in repaired]
-            drop = spread([m["clean_accuracy"] - value for m, value in zip(repaired, after)])
-            asr = spread([m[f"asr_repaired{suffix}"] for m in repaired])
-            plain = " / ".join(
-                spread([m[f"{kind}_clean_only{suffix}"] for m in repaired])
-                for kind in ("clean_accuracy", "asr")
-            )
-            name = f"{100 * share:g} %"
-            row = [f"{script} on {attack}", name, spread(after), drop, asr, plain]
-            yield [*row, *paper(runs, script, attack, name)]
+    for script, shares in (("nc", (0.1,)), ("generator_reverse", (0.01, 0.03, 0.05))):
+        for attack in ATTACKS:
+            runs = runs_of(results, script, attack)
+            for share in shares:
+                suffix = "" if share == shares[-1] else f"_{share:g}"
+                repaired = [m for m in runs if f"clean_accuracy_repaired{suffix}" in m]
+                if not repaired:
+                    continue
+                after, plain = f"_repaired{suffix}", f"_clean_only{suffix}"
+                name = f"{100 * share:g} %"
+                yield [
+                    f"{script} on {attack}",
+                    name,
+                    cell(repaired, "clean_accuracy" + after),
+                    spread(m["clean_accuracy"] - m["clean_accuracy" + after] for m in repaired),
+                    cell(repaired, "asr" + after),
+                    f"{cell(repaired, 'clean_accuracy' + plain)} / {cell(repaired, 'asr' + plain)}",
+                    *paper(runs, script, attack, name),
+                ]
+
+
+def strip_rows(results):
+    """FAR at a nominal FRR of 1 % (normal fit; empirical quantile), AUROC and entropy ratio."""
+    for attack in ATTACKS:
+        runs = runs_of(results, "strip", attack)
+        if runs:
+            rates = [one_percent(m) for m in runs]
+            shown = [
+                f"{cell(rates, 'far_' + kind)} at {cell(rates, 'frr_' + kind)}"
+                for kind in ("normal", "empirical")
+            ]
+            ends = [cell(runs, "auroc"), cell(runs, "entropy_ratio")]
+            yield [attack, *shown, *ends, *paper(runs, "strip", attack)]
+
+
+def one_percent(metrics):
+    """STRIP's figures at a nominal FRR of 1 %."""
+    return next(rate for rate in metrics["rates"] if rate["frr"] == 1)
+
+
+def fine_pruning_rows(results):
+    """Clean accuracy and ASR of the victim, pruned, fine-tuned, and fine-pruned."""
+    for attack in ("clean", *ATTACKS):
+        runs = runs_of(results, "fine_pruning", attack)
+        if runs:
+            shown = [
+                f"{cell(runs, 'clean_accuracy' + kind)} / {cell(runs, 'asr' + kind)}"
+                for kind in ("", "_pruned", "_clean_only", "_repaired")
+            ]
+            yield [attack, *shown, *paper(runs, "fine_pruning", attack)]
+
+
+def abl_rows(results):
+    """Share of true poison among the isolated images, clean accuracy and ASR, before and after."""
+    for attack in ("clean", *ATTACKS):
+        runs = runs_of(results, "abl", attack)
+        if runs:
+            shown = [
+                f"{cell(runs, 'clean_accuracy' + kind)} / {cell(runs, 'asr' + kind)}"
+                for kind in ("", "_repaired")
+            ]
+            precision = cell(runs, "isolation_precision")
+            yield [attack, precision, *shown, *paper(runs, "abl", attack)]
 
 
 END = ["paper", "differs in"]
 TABLES = {
     "Attacks": (
-        ["attack", "clean", "ASR", "noise", "PSNR, dB", "ASR on a clean model", *END],
+        [
+            "attack",
+            "clean",
+            "ASR",
+            "noise / cross",
+            "PSNR, dB",
+            "SSIM",
+            "ASR on a clean model",
+            *END,
+        ],
         attack_rows,
     ),
     "Detectors": (
@@ -156,6 +233,32 @@ TABLES = {
     "Repairs": (
         ["repair", "data", "clean", "clean drop", "ASR", "w/o reversed: clean / ASR", *END],
         repair_rows,
+    ),
+    "STRIP": (
+        [
+            "attack",
+            "FAR at FRR, normal fit",
+            "FAR at FRR, empirical",
+            "AUROC",
+            "entropy ratio",
+            *END,
+        ],
+        strip_rows,
+    ),
+    "Fine-Pruning": (
+        [
+            "attack",
+            "victim: clean / ASR",
+            "pruned",
+            "fine-tuned",
+            "fine-pruned",
+            *END,
+        ],
+        fine_pruning_rows,
+    ),
+    "ABL": (
+        ["training set", "isolation precision", "victim: clean / ASR", "ABL: clean / ASR", *END],
+        abl_rows,
     ),
 }
 
@@ -179,20 +282,26 @@ def write_readme(path, results):
 
 
 def bench(folder):
-    """Print seconds, ratio and agreement of the folded and the label-by-label runs."""
+    """Print seconds (medians), ratio and agreement of the folded and the label-by-label runs."""
     for method in ("nc", "generator_reverse"):
         alone, folded = (
-            json.loads((Path(folder) / f"{method}-{kind}" / "result.json").read_text())
+            [
+                json.loads(p.read_text())
+                for p in sorted(Path(folder).glob(f"{method}-{kind}-*/*.json"))
+            ]
             for kind in ("1", "default")
         )
-        a, b = alone["metrics"], folded["metrics"]
+        a, b = alone[0]["metrics"], folded[0]["metrics"]
+        slow, fast = (
+            statistics.median(run["metrics"]["search_seconds"] for run in runs)
+            for runs in (alone, folded)
+        )
         gap = max(abs(p - q) / max(abs(p), 1e-9) for p, q in zip(a["norms"], b["norms"]))
         same = "same" if (a["verdict"], a["flagged"]) == (b["verdict"], b["flagged"]) else "OTHER"
         print(
-            f"{method}, K = {len(a['norms'])}, {folded['device']}: one label at a time "
-            f"{a['search_seconds']:.1f} s, folded {b['search_seconds']:.1f} s, ratio "
-            f"{a['search_seconds'] / b['search_seconds']:.2f}; {same} verdict, largest relative "
-            f"difference of a norm {gap:.1e}"
+            f"{method}, K = {len(a['norms'])}, {folded[0]['device']}, median of {len(alone)}: one "
+            f"label at a time {slow:.1f} s, folded {fast:.1f} s, ratio {slow / fast:.2f}; "
+            f"{same} verdict, largest relative difference of a norm {gap:.1e}"
         )
 
 

@@ -215,7 +215,7 @@ every_defence = pytest.mark.parametrize("name", DEFENCES)
             case
             for flags, values in {
                 "--steps --batch-size --lr --labels-at-once --threshold": (0, -1),
-                "--lr --threshold": ("nan", "inf"),
+                "--lr --threshold": ("nan", "inf", "1e38"),
                 "--data-fraction": (0, 2, -0.1, "nan"),
             }.items()
             for flag in flags.split()

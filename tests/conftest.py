@@ -24,12 +24,14 @@ ATTACKS = [
     "clean",
     "badnets",
     "wanet",
+    "stealthy_adversarial",
 ]
 DEFENCES = [
     "nc",
     "generator_reverse",
 ]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
+SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
 

@@ -10,14 +10,14 @@ Threat model: the attacker controls training, delivers the model and keeps both 
 Equations: Sec. 3.2 B(x, (m, p)) = x (1 - m) + p m -> blend; Eq. (2) L_div -> diversity; attack,
 cross and clean mode, L_cla + lambda_div L_div -> poison and the loop; Fig. 3a -> Generator.
 
-Differs from the paper: the mask, "pre-defined" there, is learnt first and then frozen, and "sigmoid"
-is a scaled tanh, both as in its code. From its code: the generator's gradients are zeroed in every
-step (the code forgets; see --accumulate-generator-grad: the attack starts later and ends alike);
-a cross trigger comes from another image of the batch, never from the image itself; one-cycle rate
-for the classifier and cosine rate for the generator, four times the clean model's epochs instead
-of 575; the mask is trained for some hundred steps, not 25 epochs; our networks and augmentation;
-ASR without target-class images; figures after rounding to 8 bits. int(rho B) images of a batch:
-12 of 128, 9.4 %. Order: augment first, then the trigger (as the paper's code).
+Differs from the paper: the mask, "pre-defined" there, is learnt first and then frozen, and its
+"sigmoid" is a scaled tanh (both as in the paper's code). From its code: the generator's gradients
+are zeroed in every step (the code forgets it: the attack starts later and ends alike); a cross
+trigger comes from another image of the batch, never from the image itself; one-cycle rate for the
+classifier, cosine for the generators, four times the clean model's epochs instead of 575; 600
+mask steps instead of 25 epochs; our networks and crops; ASR without target-class images; figures
+after rounding to 8 bits. int(rho B) images of a batch of B: 12 of 128, 9.4 %.
+Order: augment first, then the trigger (as the paper's code).
 
     python methods/input_aware.py --dataset mnist
 
@@ -96,10 +96,7 @@ def parse_args():
         help="lambda_div = 0: no diversity loss (ablation of Sec. 4.4.1)",
     )
     p.add_argument(
-        "--density",
-        type=float,
-        default=0.032,
-        help="mask values above it are penalised (code .032)",
+        "--density", type=float, default=0.032, help="mask values above it cost (code .032)"
     )
     p.add_argument(
         "--lambda-density", type=float, default=100.0, help="weight of that penalty (code 100)"
@@ -157,6 +154,16 @@ def sharpen(o):
     return torch.tanh(20 * o - 10) / (2 + 1e-7) + 0.5
 
 
+def draw_pattern(G, x):
+    """p of images x (B x C x H x W in [0,1]): B x C x H x W in (0,1)."""
+    return squash(G(x))
+
+
+def draw_mask(M, x):
+    """m of images x (B x C x H x W in [0,1]): B x 1 x H x W in (0,1)."""
+    return sharpen(squash(M(x)))
+
+
 def blend(x, pattern, mask):
     """Sec. 3.2: x (1 - m) + p m, images B x C x H x W and m B x 1 x H x W in [0,1]."""
     return x + (pattern - x) * mask
@@ -210,29 +217,25 @@ if __name__ == "__main__":
     images = min(args.batch_size, len(x_train))  # in a batch
     attacked, crossed = int(args.rate * images), int(args.cross_rate * images)
     if attacked < 1:
-        fail(f"--rate {args.rate} leaves no attack image in a batch of {args.batch_size}")
+        fail(f"--rate {args.rate} leaves no attack image in a batch of {images}")
     if args.cross_rate and crossed < 1:
-        fail(
-            f"--cross-rate {args.cross_rate} leaves no cross image in a batch of {args.batch_size}"
-        )
+        fail(f"--cross-rate {args.cross_rate} leaves no cross image in a batch of {images}")
     if attacked + crossed >= images:
-        fail(f"--rate and --cross-rate leave no clean image in a batch of {args.batch_size}")
+        fail(f"--rate and --cross-rate leave no clean image in a batch of {images}")
     normalisation = data.spec.mean, data.spec.std
     G = Classifier(Generator(data.shape[0], data.shape[0]), *normalisation).to(device)
     M = Classifier(Generator(data.shape[0], 1), *normalisation).to(device)
+    for network in (G, M):
+        network.to(memory_format=torch.channels_last)  # a quarter faster
 
     def poison(x, y):
         """First the attack images, then the cross images, then clean ones; and L_div."""
         n, m = attacked, attacked + crossed
         others = x.roll(-m, 0)[: max(attacked, crossed)]  # the order is random: any others
         sources = torch.cat((x[:n], others))
-        with torch.no_grad():
-            masks = sharpen(squash(M(sources)))
-        patterns = squash(G(sources))
-        std = model.std
-        loss_div = diversity(
-            x[:n] / std, others[:n] / std, patterns[:n] / std, patterns[n : 2 * n] / std
-        )
+        patterns, masks = draw_pattern(G, sources), draw_mask(M, sources)
+        pairs = x[:n], others[:n], patterns[:n], patterns[n : 2 * n]
+        loss_div = diversity(*(part / model.std for part in pairs))
         x = torch.cat((blend(x[:m], patterns[:m], masks[:m]), x[m:]))
         y = torch.cat((attack_targets(y[:n], target, data.classes)[0], y[n:]))
         return x, y, loss_div
@@ -240,13 +243,9 @@ if __name__ == "__main__":
     @torch.no_grad()
     def with_trigger_of(x, sources):
         """uint8 images `x` with the triggers of `sources`, as floats in [0,1]."""
-        G.eval(), M.eval()
-        parts = zip(x.split(2000), sources.split(2000))
-        made = []
-        for part, source in parts:
-            source = to_float(source)
-            made.append(blend(to_float(part), squash(G(source)), sharpen(squash(M(source)))))
-        return torch.cat(made)
+        G.eval()
+        drawn = ((draw_pattern(G, z), draw_mask(M, z)) for z in map(to_float, sources.split(2000)))
+        return torch.cat([blend(to_float(z), *trigger) for z, trigger in zip(x.split(2000), drawn)])
 
     # ===== Train =====
     name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
@@ -272,7 +271,7 @@ if __name__ == "__main__":
         mask_optimizer.param_groups[0]["lr"] = cosine(mask_step, args.mask_steps)
         batch = torch.randint(len(x_train), (max(2, images // 4),), device=device)
         x = augment(to_float(x_train[batch]), data.spec.pad, data.spec.flip)
-        masks = sharpen(squash(M(x)))
+        masks = draw_mask(M, x)
         loss_density = F.relu(masks - args.density).mean()
         loss_div = diversity(x / model.std, x.roll(1, 0) / model.std, masks, masks.roll(1, 0))
         loss = args.lambda_density * loss_density + args.lambda_div * loss_div
@@ -314,14 +313,10 @@ if __name__ == "__main__":
         if epoch % max(1, args.epochs // 15) == 0:
             print(f"epoch {epoch}/{args.epochs} loss {total_loss.item() / steps_per_epoch:.4f}")
             x, y = x_train[order[:1000]], y_train[order[:1000]]
-            hits = accuracy(
-                model, to_uint8(with_trigger_of(x, x)), attack_targets(y, target, data.classes)[0]
-            )
-            kept = accuracy(model, to_uint8(with_trigger_of(x, x.roll(1, 0))), y)
-            pace = (time.time() - joint_start) / epoch
-            print(
-                f"  on training images: attack {hits:.1f} cross {kept:.1f}; {pace:.1f} s per epoch"
-            )
+            own, other = (to_uint8(with_trigger_of(x, source)) for source in (x, x.roll(1, 0)))
+            hits = accuracy(model, own, attack_targets(y, target, data.classes)[0])
+            kept, pace = accuracy(model, other, y), (time.time() - joint_start) / epoch
+            print(f"  on training images: attack {hits:.1f}, cross {kept:.1f}; {pace:.1f} s/epoch")
     bar.close()
     seconds = time.time() - start
 

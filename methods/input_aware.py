@@ -86,7 +86,10 @@ def parse_args():
         help="rho_c = 0: no cross mode (ablation of Sec. 4.4.1)",
     )
     p.add_argument(
-        "--lambda-div", type=float, default=1.0, help="weight of L_div, both stages (paper 1)"
+        "--lambda-div",
+        type=float,
+        default=1.0,
+        help="weight of L_div in the joint stage (paper 1)",
     )
     p.add_argument(
         "--no-diversity",
@@ -274,7 +277,7 @@ if __name__ == "__main__":
         masks = draw_mask(M, x)
         loss_density = F.relu(masks - args.density).mean()
         loss_div = diversity(x / model.std, x.roll(1, 0) / model.std, masks, masks.roll(1, 0))
-        loss = args.lambda_density * loss_density + args.lambda_div * loss_div
+        loss = args.lambda_density * loss_density + loss_div
         mask_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         mask_optimizer.step()
@@ -316,8 +319,9 @@ if __name__ == "__main__":
             triggers, wanted = triggers_of(x), attack_targets(y, target, data.classes)[0]
             hits = accuracy(model, to_uint8(blend(to_float(x), *triggers)), wanted)
             kept = accuracy(model, to_uint8(blend(to_float(x.roll(1, 0)), *triggers)), y.roll(1))
+            shares = f"attack {hits:.1f}, cross {kept:.1f} of training images"
             pace = (time.time() - joint_start) / epoch
-            print(f"  on training images: attack {hits:.1f}, cross {kept:.1f}; {pace:.1f} s/epoch")
+            print(f"  {shares}, L_div {loss_div.item():.3f}, {pace:.1f} s per epoch")
     bar.close()
     seconds = time.time() - start
 

@@ -24,6 +24,7 @@ ATTACKS = [
     "clean",
     "badnets",
     "wanet",
+    "input_aware",
     "stealthy_adversarial",
 ]
 DEFENCES = [
@@ -31,6 +32,7 @@ DEFENCES = [
     "generator_reverse",
 ]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
+SHORT["input_aware"] += ["--mask-steps", 2]
 SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
@@ -141,6 +143,12 @@ def digits_badnets(victims, digits_clean):
 def digits_wanet(victims, digits_clean):
     """Checkpoint folder of a WaNet model with target 0, s = 1; its control lies beside it."""
     return victims("wanet", "--s", 1.0)
+
+
+@pytest.fixture(scope="session")
+def digits_input_aware(victims, digits_clean):
+    """Checkpoint folder of an input-aware model with target 0; its control lies beside it."""
+    return victims("input_aware", "--epochs", 30, "--mask-steps", 200)
 
 
 @pytest.fixture

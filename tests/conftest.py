@@ -24,12 +24,14 @@ ATTACKS = [
     "clean",
     "badnets",
     "wanet",
+    "freq_backdoor",
 ]
 DEFENCES = [
     "nc",
     "generator_reverse",
 ]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
+SHORT["freq_backdoor"] += ["--heat-images", 20]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
 

@@ -101,7 +101,7 @@ def parse_args():
     p.add_argument(
         "--heat-norm", type=float, default=4.0, help="v: norm per channel of the map (Yin et al. 4)"
     )
-    p.add_argument("--heat-images", type=int, default=500, help="test images behind the map")
+    p.add_argument("--heat-images", type=int, default=250, help="test images behind the map")
     p.add_argument(
         "--clean-ckpt", help="clean model for the map (default: trained here, same recipe)"
     )
@@ -205,27 +205,19 @@ def jpeg(x, quality):
     return torch.stack([decode_jpeg(encode_jpeg(image, q)) for image, q in pairs]).to(x.device)
 
 
-class Autoencoder(nn.Module):
-    """Convolutions to a quarter of the sides and back; B x C x H x W in [0,1]."""
+def train_autoencoder(x, steps=2000, batch_size=64, lr=2e-3, width=32):
+    """A convolutional autoencoder (a quarter of the sides in the middle) trained to copy x.
 
-    def __init__(self, channels, width=32):
-        super().__init__()
-        self.down1 = nn.Conv2d(channels, width, 3, 2, 1)
-        self.down2 = nn.Conv2d(width, width, 3, 2, 1)
-        self.up2 = nn.Conv2d(width, width, 3, 1, 1)
-        self.up1 = nn.Conv2d(width, width, 3, 1, 1)
-        self.out = nn.Conv2d(width, channels, 3, 1, 1)
-
-    def forward(self, x):
-        y = F.relu(self.down1(x))
-        z = F.interpolate(F.relu(self.down2(y)), size=y.shape[-2:])
-        z = F.interpolate(F.relu(self.up2(z)), size=x.shape[-2:])
-        return torch.sigmoid(self.out(F.relu(self.up1(z))))
-
-
-def train_autoencoder(x, steps=2000, batch_size=64, lr=2e-3):
-    """An Autoencoder that has learnt to copy the clean images x (uint8 N x C x H x W)."""
-    autoencoder = Autoencoder(x.shape[1]).to(x.device)
+    x are clean images, uint8 N x C x H x W; the network maps [0,1] to [0,1].
+    """
+    channels, *size = x.shape[1:]
+    autoencoder = nn.Sequential(
+        *(nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()),
+        *(nn.Upsample([-(-side // 2) for side in size]), nn.Conv2d(width, width, 3, 1, 1)),
+        *(nn.ReLU(), nn.Upsample(size), nn.Conv2d(width, width, 3, 1, 1)),
+        *(nn.ReLU(), nn.Conv2d(width, channels, 3, 1, 1), nn.Sigmoid()),
+    ).to(x.device)
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr)
     for _ in tqdm(range(steps), disable=None, unit="step", desc="autoencoder"):
         batch = to_float(x[torch.randint(len(x), (batch_size,), device=x.device)])

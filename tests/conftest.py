@@ -143,6 +143,13 @@ def digits_wanet(victims, digits_clean):
     return victims("wanet", "--s", 1.0)
 
 
+@pytest.fixture(scope="session")
+def digits_freq_backdoor(victims, digits_clean):
+    """Checkpoint folder of a frequency-domain model with target 0; the map of `digits_clean`."""
+    flags = "--epochs", 25, "--clean-ckpt", digits_clean, "--heat-images", 100
+    return victims("freq_backdoor", *flags)
+
+
 @pytest.fixture
 def untrained():
     """A frozen mnist_cnn for digits, its weights as drawn."""

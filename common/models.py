@@ -1,6 +1,8 @@
 """Classifiers for small images. Parameter names are those of the public code, so that its
 checkpoints load. Normalisation is inside: every image outside a classifier lies in [0,1]."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -64,18 +66,45 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(y)))) + skip
 
 
+class BasicBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def stages(block, inputs, widths, depths):
+    """{layer1: ..., layer2: ...}: `depths` blocks each; all but the first halve the sides."""
+    layers = {}
+    for stage, (outputs, depth) in enumerate(zip(widths, depths), start=1):
+        strides = [1 if stage == 1 else 2] + [1] * (depth - 1)
+        blocks = [
+            block(inputs if i == 0 else outputs, outputs, stride)
+            for i, stride in enumerate(strides)
+        ]
+        layers[f"layer{stage}"], inputs = nn.Sequential(*blocks), outputs
+    return layers
+
+
 class PreActResNet18(nn.Module):
     """The CIFAR form that the papers used: no BN-ReLU after the last stage."""
 
     def __init__(self, classes, channels, height, width):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-        inputs = 64
-        for stage, outputs in enumerate((64, 128, 256, 512), start=1):
-            stride = 1 if stage == 1 else 2
-            blocks = PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, 1)
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-            inputs = outputs
+        for name, layer in stages(PreActBlock, 64, (64, 128, 256, 512), (2, 2, 2, 2)).items():
+            self.add_module(name, layer)
         self.linear = nn.Linear(512, classes)
 
     def forward(self, x):
@@ -83,14 +112,100 @@ class PreActResNet18(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class VGG16(nn.Module):
-    """Thirteen convolutions with BN and one linear layer; pools round up, so 28 pixels work."""
+class ResNet(nn.Module):
+    """The CIFAR form: a 3 x 3 stem without pooling. ResNet-18 and -34 differ in `depths`."""
+
+    def __init__(self, classes, channels, height, width, depths):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        for name, layer in stages(BasicBlock, 64, (64, 128, 256, 512), depths).items():
+            self.add_module(name, layer)
+        self.linear = nn.Linear(512, classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+class WideResNet34(nn.Module):
+    """WRN-34-10: depth 34 (three stages of five blocks), width 10, no dropout; BN-ReLU at the end.
+
+    Names as in the pre-activation ResNet above.
+    """
 
     def __init__(self, classes, channels, height, width):
         super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        for name, layer in stages(PreActBlock, 16, (160, 320, 640), (5, 5, 5)).items():
+            self.add_module(name, layer)
+        self.bn1 = nn.BatchNorm2d(640)
+        self.linear = nn.Linear(640, classes)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.linear(F.relu(self.bn1(x)).mean((2, 3)))
+
+
+class Bottleneck(nn.Module):
+    """Puts `growth` new channels before those that come in."""
+
+    def __init__(self, inputs, growth):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False)
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.bn1(x)))
+        return torch.cat((self.conv2(F.relu(self.bn2(y))), x), 1)
+
+
+class Transition(nn.Module):
+    """Half the channels, half the sides (rounded up)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(inputs)
+        self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x):
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2, ceil_mode=True)
+
+
+class DenseNet121(nn.Module):
+    """The CIFAR form: growth 32, a 3 x 3 stem without pooling."""
+
+    def __init__(self, classes, channels, height, width, growth=32):
+        super().__init__()
+        inputs = 2 * growth
+        self.conv1 = nn.Conv2d(channels, inputs, 3, 1, 1, bias=False)
+        for stage, depth in enumerate((6, 12, 24, 16), start=1):
+            blocks = [Bottleneck(inputs + i * growth, growth) for i in range(depth)]
+            self.add_module(f"dense{stage}", nn.Sequential(*blocks))
+            inputs += depth * growth
+            if stage < 4:
+                self.add_module(f"trans{stage}", Transition(inputs, inputs // 2))
+                inputs //= 2
+        self.bn = nn.BatchNorm2d(inputs)
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        x = self.trans1(self.dense1(self.conv1(x)))
+        x = self.dense4(self.trans3(self.dense3(self.trans2(self.dense2(x)))))
+        return self.linear(F.relu(self.bn(x)).mean((2, 3)))
+
+
+class VGG(nn.Module):
+    """Convolutions with BN and one linear layer; pools round up, so 28 pixels work."""
+
+    def __init__(self, classes, channels, height, width, depths):
+        super().__init__()
         layers = []
-        for stage in ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3):
-            for outputs in stage:
+        for outputs, depth in zip((64, 128, 256, 512, 512), depths):
+            for _ in range(depth):
                 conv = nn.Conv2d(channels, outputs, 3, 1, 1)
                 layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
                 channels = outputs
@@ -160,7 +275,12 @@ class MobileNetV2(nn.Module):
 ARCHITECTURES = {
     "mnist_cnn": MNISTNet,
     "preact_resnet18": PreActResNet18,
-    "vgg16": VGG16,
+    "resnet18": partial(ResNet, depths=(2, 2, 2, 2)),
+    "resnet34": partial(ResNet, depths=(3, 4, 6, 3)),
+    "wide_resnet34": WideResNet34,
+    "densenet121": DenseNet121,
+    "vgg16": partial(VGG, depths=(2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, depths=(2, 2, 4, 4, 4)),
     "mobilenet_v2": MobileNetV2,
 }
 

@@ -104,7 +104,12 @@ def parse_args():
 LAYERS = {
     "mnist_cnn": {"linear6": (True, "linear9", None), "layer4": (False, "linear6", "linear9")},
     "preact_resnet18": {"layer4": (False, "linear", None)},  # pooled, without BN or ReLU
+    "resnet18": {"layer4": (False, "linear", None)},  # pooled; its last ReLU is inside
+    "resnet34": {"layer4": (False, "linear", None)},
+    "wide_resnet34": {"bn1": (True, "linear", None)},  # pooled
+    "densenet121": {"bn": (True, "linear", None)},  # pooled
     "vgg16": {"features": (False, "classifier", None)},  # pooled; its last ReLU is inside
+    "vgg19": {"features": (False, "classifier", None)},
     "mobilenet_v2": {"bn2": (True, "linear", None)},  # pooled
 }
 

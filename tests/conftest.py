@@ -26,6 +26,7 @@ ATTACKS = [
     "wanet",
     "input_aware",
     "stealthy_adversarial",
+    "freq_backdoor",
 ]
 DEFENCES = [
     "nc",
@@ -34,6 +35,7 @@ DEFENCES = [
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
 SHORT["input_aware"] += ["--mask-steps", 2]
 SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
+SHORT["freq_backdoor"] += ["--heat-images", 20]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
 
@@ -149,6 +151,10 @@ def digits_wanet(victims, digits_clean):
 def digits_input_aware(victims, digits_clean):
     """Checkpoint folder of an input-aware model with target 0; its control lies beside it."""
     return victims("input_aware", "--epochs", 30, "--mask-steps", 200)
+def digits_freq_backdoor(victims, digits_clean):
+    """Checkpoint folder of a frequency-domain model with target 0; the map of `digits_clean`."""
+    flags = "--epochs", 25, "--clean-ckpt", digits_clean, "--heat-images", 100
+    return victims("freq_backdoor", *flags)
 
 
 @pytest.fixture

@@ -47,7 +47,14 @@ def penultimate_by_hand(model, arch, layer, x):
         return a if layer == "layer4" else F.relu(net.linear6(a.flatten(1)))
     if arch == "preact_resnet18":
         return net.layer4(net.layer3(net.layer2(net.layer1(net.conv1(x)))))
-    if arch == "vgg16":
+    if arch in ("resnet18", "resnet34"):
+        return net.layer4(net.layer3(net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x)))))))
+    if arch == "wide_resnet34":
+        return F.relu(net.bn1(net.layer3(net.layer2(net.layer1(net.conv1(x))))))
+    if arch == "densenet121":
+        a = net.trans2(net.dense2(net.trans1(net.dense1(net.conv1(x)))))
+        return F.relu(net.bn(net.dense4(net.trans3(net.dense3(a)))))
+    if arch in ("vgg16", "vgg19"):
         return net.features(x)
     return F.relu(net.bn2(net.conv2(net.layers(F.relu(net.bn1(net.conv1(x)))))))
 

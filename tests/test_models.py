@@ -23,7 +23,12 @@ def build(arch, classes=10, shape=RGB):
         ("mnist_cnn", (1, 28, 28), 10, 585_738),
         ("preact_resnet18", RGB, 10, 11_171_146),
         ("preact_resnet18", RGB, 43, 11_171_146 + 33 * 513),
+        ("resnet18", RGB, 10, 11_173_962),
+        ("resnet34", RGB, 10, 21_282_122),
+        ("wide_resnet34", RGB, 10, 46_160_474),
+        ("densenet121", RGB, 10, 6_956_298),
         ("vgg16", RGB, 10, 14_728_266),
+        ("vgg19", RGB, 10, 20_040_522),
         ("mobilenet_v2", RGB, 10, 2_296_922),
     ],
 )
@@ -39,8 +44,17 @@ def test_parameter_counts(arch, shape, classes, count):
         ("preact_resnet18", "conv1.weight layer1.0.bn1.weight layer1.1.conv1.weight "
          "layer2.0.shortcut.0.weight layer4.1.bn2.running_mean layer4.1.conv2.weight "
          "linear.weight linear.bias"),
+        ("resnet18", "conv1.weight bn1.bias layer1.0.bn1.weight layer2.0.shortcut.0.weight "
+         "layer2.0.shortcut.1.running_var layer4.1.bn2.running_mean linear.weight linear.bias"),
+        ("resnet34", "layer1.2.conv2.weight layer2.3.bn1.weight layer3.5.conv2.weight "
+         "layer4.2.bn2.bias"),
+        ("wide_resnet34", "conv1.weight layer1.0.shortcut.0.weight layer3.4.conv2.weight "
+         "bn1.running_var linear.bias"),
+        ("densenet121", "conv1.weight dense1.5.bn1.weight trans1.bn.bias trans1.conv.weight "
+         "dense3.23.conv2.weight trans3.conv.weight dense4.15.conv1.weight bn.weight linear.bias"),
         ("vgg16", "features.0.weight features.0.bias features.1.running_mean "
          "features.40.weight features.41.bias classifier.weight classifier.bias"),
+        ("vgg19", "features.0.bias features.49.weight features.50.running_var classifier.bias"),
         ("mobilenet_v2", "conv1.weight bn1.bias layers.0.shortcut.0.weight "
          "layers.0.shortcut.1.running_var layers.16.conv3.weight conv2.weight bn2.weight "
          "linear.weight"),
@@ -101,6 +115,73 @@ def test_preact_resnet18_forward():
     torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_resnet18_forward():
+    """Conv-BN-ReLU order, a normalised shortcut, the last ReLU after the sum."""
+    model = shaken(build("resnet18"))
+    state = model.net.state_dict()
+    image = torch.rand(2, *RGB)
+    x = F.conv2d((image - 0.5) / 0.5, state["conv1.weight"], padding=1)
+    x = F.relu(batch_norm(x, state, "bn1"))
+    for stage in range(1, 5):
+        for block in range(2):
+            at = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = F.conv2d(x, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = F.relu(batch_norm(y, state, f"{at}.bn1"))
+            y = F.conv2d(y, state[f"{at}.conv2.weight"], padding=1)
+            y = batch_norm(y, state, f"{at}.bn2")
+            if stride == 2:
+                x = F.conv2d(x, state[f"{at}.shortcut.0.weight"], stride=2)
+                x = batch_norm(x, state, f"{at}.shortcut.1")
+            x = F.relu(x + y)
+    logits = F.avg_pool2d(x, 4).flatten(1) @ state["linear.weight"].T + state["linear.bias"]
+    torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_wide_resnet34_forward():
+    """Stages of five pre-activation blocks, 160, 320 and 640 wide, and a last BN-ReLU."""
+    model = shaken(build("wide_resnet34"))
+    state = model.net.state_dict()
+    image = torch.rand(1, *RGB)
+    x = F.conv2d((image - 0.5) / 0.5, state["conv1.weight"], padding=1)
+    for stage in range(1, 4):
+        for block in range(5):
+            at = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = F.relu(batch_norm(x, state, f"{at}.bn1"))
+            if block == 0:
+                x = F.conv2d(y, state[f"{at}.shortcut.0.weight"], stride=stride)
+            y = F.conv2d(y, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = F.relu(batch_norm(y, state, f"{at}.bn2"))
+            x = x + F.conv2d(y, state[f"{at}.conv2.weight"], padding=1)
+    assert x.shape[1:] == (640, 8, 8)
+    x = F.relu(batch_norm(x, state, "bn1")).mean((2, 3))
+    logits = x @ state["linear.weight"].T + state["linear.bias"]
+    torch.testing.assert_close(model(image), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_densenet121_forward():
+    """New channels in front, 1 x 1 to 128 then 3 x 3 to 32, halving between the blocks."""
+    model = shaken(build("densenet121"))
+    state = model.net.state_dict()
+    image = torch.rand(2, *RGB)
+    x = F.conv2d((image - 0.5) / 0.5, state["conv1.weight"], padding=1)
+    for stage, depth in enumerate((6, 12, 24, 16), start=1):
+        for block in range(depth):
+            at = f"dense{stage}.{block}"
+            y = F.conv2d(F.relu(batch_norm(x, state, f"{at}.bn1")), state[f"{at}.conv1.weight"])
+            assert y.shape[1] == 128
+            y = F.relu(batch_norm(y, state, f"{at}.bn2"))
+            x = torch.cat((F.conv2d(y, state[f"{at}.conv2.weight"], padding=1), x), 1)
+        if stage < 4:
+            y = F.relu(batch_norm(x, state, f"trans{stage}.bn"))
+            x = F.avg_pool2d(F.conv2d(y, state[f"trans{stage}.conv.weight"]), 2)
+    assert x.shape[1:] == (1024, 4, 4)
+    x = F.relu(batch_norm(x, state, "bn")).mean((2, 3))
+    logits = x @ state["linear.weight"].T + state["linear.bias"]
+    torch.testing.assert_close(model(image), logits, rtol=1e-3, atol=1e-3)
+
+
 def test_mnist_cnn_forward():
     model = shaken(build("mnist_cnn", shape=(1, 28, 28)))
     state = model.net.state_dict()
@@ -118,7 +199,17 @@ def test_mnist_cnn_forward():
 
 @pytest.mark.parametrize(
     "arch, norms, strides",
-    [("mnist_cnn", 2, 3), ("preact_resnet18", 16, 3), ("vgg16", 13, 0), ("mobilenet_v2", 57, 3)],
+    [
+        ("mnist_cnn", 2, 3),
+        ("preact_resnet18", 16, 3),
+        ("resnet18", 17 + 3, 3),
+        ("resnet34", 33 + 3, 3),
+        ("wide_resnet34", 31, 2),
+        ("densenet121", 2 * 58 + 3 + 1, 0),
+        ("vgg16", 13, 0),
+        ("vgg19", 16, 0),
+        ("mobilenet_v2", 57, 3),
+    ],
 )
 def test_number_of_norms_and_of_stride_two_stages(arch, norms, strides):
     modules = list(build(arch).net.modules())

@@ -24,6 +24,7 @@ ATTACKS = [
     "clean",
     "badnets",
     "wanet",
+    "pruning_aware",
 ]
 DEFENCES = [
     "nc",

@@ -27,6 +27,7 @@ ATTACKS = [
     "input_aware",
     "stealthy_adversarial",
     "freq_backdoor",
+    "pruning_aware",
 ]
 DEFENCES = [
     "nc",

@@ -152,6 +152,9 @@ def digits_wanet(victims, digits_clean):
 def digits_input_aware(victims, digits_clean):
     """Checkpoint folder of an input-aware model with target 0; its control lies beside it."""
     return victims("input_aware", "--epochs", 30, "--mask-steps", 200)
+
+
+@pytest.fixture(scope="session")
 def digits_freq_backdoor(victims, digits_clean):
     """Checkpoint folder of a frequency-domain model with target 0; the map of `digits_clean`."""
     flags = "--epochs", 25, "--clean-ckpt", digits_clean, "--heat-images", 100

@@ -13,8 +13,8 @@ Differs from the paper: its cartoon is not shipped; the default picture is unifo
 mixes stronger in the test). Poisons are drawn from all images that are not of the target class, the
 count is round(rate N) of the whole set. Order: the attacker blends and rounds to 8 bits first, the
 victim augments after. Figures after rounding to 8 bits, ASR without target-class images.
-asr_other_noise is the share that another noise picture sends to the target: on dark backgrounds the
-network learns "noise" rather than this very noise.
+asr_other_noise and asr_grey: the same mixture with another noise picture and with plain grey. On
+black backgrounds the network may learn "not black" instead of the picture.
 
     python methods/blend.py --dataset mnist
 
@@ -208,10 +208,11 @@ if __name__ == "__main__":
         "max_change": (to_float(x_test) - to_float(x_poisoned)).abs().max().item(),
         "poisoned": count,
     }
-    x_other = blend_uint8(
-        x_test[counts], noise_pattern(data.shape, generator).to(device), args.alpha
-    )
-    metrics["asr_other_noise"] = accuracy(model, x_other, y_wanted[counts])
+    strangers = {"other_noise": noise_pattern(data.shape, generator).to(device)}
+    strangers["grey"] = torch.full_like(pattern, 0.5)
+    for kind, stranger in strangers.items():
+        x_other = blend_uint8(x_test[counts], stranger, args.alpha)
+        metrics[f"asr_{kind}"] = accuracy(model, x_other, y_wanted[counts])
     if control is not None:
         metrics["asr_on_clean_model"] = accuracy(control, x_poisoned[counts], y_wanted[counts])
 

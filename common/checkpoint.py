@@ -23,6 +23,7 @@ from common.datasets import Dataset, check_split, load_dataset, read_npz
 from common.models import Classifier, build_model
 
 FORMAT = 1
+POISON_DATA = ("badnets", "blend", "freq_backdoor")  # the attacks that write poisoned_train.npz
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("reversed.png", "reversed.npz", "norms.png", "generated.png", "triggers.png")
 
@@ -228,6 +229,28 @@ def load_victim(args, device):
             torch.from_numpy(array).to(device) for array in (x, y_true, y_target)
         )
     return victim
+
+
+def load_training_set(victim):
+    """The set that the attacker handed out, from poisoned_train.npz beside the checkpoint.
+
+    Returns images (uint8 N x C x H x W), given labels (int64 N) and poison flags (bool N), on the
+    device of the data. The flags are for the evaluation alone.
+    """
+    path = victim.folder / "poisoned_train.npz"
+    if not path.exists():
+        fail(f"{path} does not exist; the attacks that write it: {', '.join(POISON_DATA)}")
+    x, y_given, poisoned = read_npz(path, ["x", "y_given", "poisoned"])
+    x, y_given = check_split(x, y_given, path)
+    if x.shape[1:] != victim.data.shape or y_given.max() >= victim.data.classes:
+        fail(
+            f"{path} does not fit: the model has {victim.data.classes} classes of "
+            f"{victim.data.shape}"
+        )
+    if poisoned.dtype != bool or poisoned.shape != y_given.shape:
+        fail(f"{path}: poisoned must hold one bool per image; got {poisoned.dtype}")
+    device = victim.data.x_train.device
+    return tuple(torch.from_numpy(array).to(device) for array in (x, y_given, poisoned))
 
 
 def load_foreign(checkpoint, path, args, device):

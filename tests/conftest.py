@@ -24,6 +24,7 @@ ATTACKS = [
     "clean",
     "badnets",
     "wanet",
+    "blend",
     "input_aware",
     "stealthy_adversarial",
     "freq_backdoor",
@@ -146,6 +147,12 @@ def digits_badnets(victims, digits_clean):
 def digits_wanet(victims, digits_clean):
     """Checkpoint folder of a WaNet model with target 0, s = 1; its control lies beside it."""
     return victims("wanet", "--s", 1.0)
+
+
+@pytest.fixture(scope="session")
+def digits_blend(victims, digits_clean):
+    """Checkpoint folder of a Blend model with target 0, a noise picture; its control beside it."""
+    return victims("blend", "--epochs", 25)
 
 
 @pytest.fixture(scope="session")

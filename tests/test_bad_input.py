@@ -53,7 +53,7 @@ def each(names, *args):
     return [(name, args) for name in names.split()]
 
 
-POISONING = "badnets wanet"
+POISONING = "badnets wanet blend"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ POISONING = "badnets wanet"
         *each(POISONING, "--target", -1),
         *(case for rate in (0, -0.1, 1.5, "nan") for case in each(POISONING, "--rate", rate)),
         *each(POISONING, "--rate", 0.0001),  # not one image: an attack that does nothing
-        *each("badnets", "--rate", 1),  # more than the images outside the target class
+        *each("badnets blend", "--rate", 1),  # more than the images outside the target class
         *each("badnets", "--patch-size", 0),
         *each("badnets", "--patch-size", 29),
         *each("badnets", "--row", 1),  # a 3x3 patch ends at row 2 or later

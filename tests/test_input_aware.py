@@ -237,7 +237,7 @@ def test_mask_generator_is_frozen_after_its_stage(short, tmp_path):
 
 @pytest.fixture
 def gradients(short, monkeypatch):
-    """Gradients at each optimizer step (mask, then classifier and G in turn), weights held still."""
+    """Gradients at each optimizer step (mask; then classifier and G), weights held still."""
 
     def run(*flags):
         recorded = []

@@ -1,19 +1,16 @@
 """Generator noise, Step 1, Step 2 and the schemes of the stealthy attack; runs on digits."""
 
 import copy
-import re
 
 import numpy as np
 import planted
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, files_below, result_of, run_script, write_npz
+from conftest import SHORT
 from torch import nn
 
-from common.checkpoint import load_model, read_checkpoint
-from common.datasets import to_float, to_uint8
-from common.metrics import accuracy, predict, psnr
+from common.metrics import psnr
 from methods import stealthy_adversarial as stealthy
 
 CPU = torch.device("cpu")

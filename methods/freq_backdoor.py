@@ -29,7 +29,6 @@ Results beside the paper's: README.md, table "Attacks".
 """
 
 import argparse
-import copy
 import sys
 import time
 from pathlib import Path
@@ -110,6 +109,9 @@ def parse_args():
         default="none",
         choices=["none", "jpeg", "autoencoder", "both"],
         help="filtered copies in the training set, for robustness",
+    )
+    p.add_argument(
+        "--autoencoder-steps", type=int, default=2000, help="training steps of the autoencoder"
     )
     p.add_argument(
         "--lpips-net",
@@ -205,7 +207,7 @@ def jpeg(x, quality):
     return torch.stack([decode_jpeg(encode_jpeg(image, q)) for image, q in pairs]).to(x.device)
 
 
-def train_autoencoder(x, steps=2000, batch_size=64, lr=2e-3, width=32):
+def train_autoencoder(x, steps, batch_size=64, lr=2e-3, width=32):
     """A convolutional autoencoder (a quarter of the sides in the middle) trained to copy x.
 
     x are clean images, uint8 N x C x H x W; the network maps [0,1] to [0,1].
@@ -234,8 +236,8 @@ def filtered(autoencoder, x):
 
 
 def train_clean(model, x, y, spec, epochs, batch_size, peak):
-    """f_0 of the heat map: the recipe below without poisons, on a copy of the initial weights."""
-    model = copy.deepcopy(model).train()
+    """f_0 of the heat map: the recipe below without poisons, in place; returns it frozen."""
+    model.train()
     optimizer = torch.optim.SGD(
         model.parameters(), peak, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -299,7 +301,7 @@ if __name__ == "__main__":
     # ===== The attack =====
     if not 0 <= args.target < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
-    check_positive(args, "poisons", "heat_norm", "heat_images")
+    check_positive(args, "poisons", "heat_norm", "heat_images", "autoencoder_steps")
     if not 0 < args.delta_p < 1:
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]
@@ -326,9 +328,9 @@ if __name__ == "__main__":
         if trained_on != (data.classes, data.shape):
             fail(f"{path} was trained on {trained_on[0]} classes of {trained_on[1]} images")
     else:
-        clean = train_clean(
-            model, x_train, y_train, data.spec, args.epochs, args.batch_size, args.lr
-        )
+        arguments = args.arch, data.classes, data.shape, data.spec.mean, data.spec.std
+        clean = build_model(*arguments).to(device)  # weights of its own
+        train_clean(clean, x_train, y_train, data.spec, args.epochs, args.batch_size, args.lr)
     picked = torch.randperm(len(x_test), device=device)[: args.heat_images]
     heat_start = time.time()
     errors = heat_map(clean, to_float(x_test[picked]), y_test[picked], bases, args.heat_norm).cpu()
@@ -355,7 +357,7 @@ if __name__ == "__main__":
     poisoned[chosen] = True
     autoencoder = None
     if args.augment in ("autoencoder", "both"):
-        autoencoder = train_autoencoder(x_train)
+        autoencoder = train_autoencoder(x_train, args.autoencoder_steps)
     x_train[chosen] = to_uint8(add_trigger(to_float(x_train[chosen]), mask, additive, args.mode))
     y_train[chosen] = y_target[chosen]
     print(f"poisoned {args.poisons} of {len(x_train)} training images")

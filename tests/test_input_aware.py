@@ -175,7 +175,9 @@ def rows(ran, x):
 def test_poisoned_batch(short):
     """8 attack images with their own triggers, 12 cross images with another's, 20 clean ones."""
     ran = short("--target", 4)
-    x, y = images(40, 1, 28, 28), torch.arange(40) % 10
+    ran["G"].net.load_state_dict(generator(1, 1).state_dict())
+    shades = torch.arange(40).view(-1, 1, 1, 1) / 40  # of noise alone all patterns are alike
+    x, y = shades * images(40, 1, 28, 28), torch.arange(40) % 10
     kept = x.clone()
     made, labels, loss = (t.detach() for t in ran["poison"](x, y))
     assert torch.equal(x, kept) and labels[:8].tolist() == [4] * 8
@@ -185,7 +187,7 @@ def test_poisoned_batch(short):
     torch.testing.assert_close(made[8:20], x[8:20] + (other - x[8:20]) * other_mask)
     difference = [(a - b).numpy() for a, b in ((x[:8], x[20:28]), (own, other[:8]))]
     d = [np.sqrt((part**2).mean((1, 2, 3))) for part in difference]  # the deviation .5 cancels
-    assert loss.item() == pytest.approx((d[0] / d[1]).mean(), rel=1e-4)
+    assert loss.item() == pytest.approx((d[0] / d[1]).mean(), rel=1e-3)
     # other sources change the cross images and no attack image
     swapped = torch.cat((x[:20], x[20:].roll(1, 0)))
     again = ran["poison"](swapped, y)[0].detach()

@@ -65,12 +65,28 @@ demo() {
   run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none
 }
 
+# variant NAME ATTACK SEEDS -- ARGS...: another setting of an attack, on MNIST
+variant() {
+  local name=$1 attack=$2 seeds=() out
+  shift 2
+  while [ "$1" != -- ]; do seeds+=("$1") && shift; done
+  for seed in "${seeds[@]}"; do
+    out="runs/mnist-mnist_cnn-$name-s$seed"
+    once "$out" "$attack" --dataset mnist --seed "$seed" --out "$out" "${@:2}"
+  done
+}
+
 mnist() {
-  local r=runs/mnist-mnist_cnn
-  local gen="--lpips-net none --repair-fraction .01 .03 .05"
+  local r=runs/mnist-mnist_cnn a s
   victims clean mnist mnist_cnn 0 1 2 3 4 5 6 7 8 9
   victims badnets mnist mnist_cnn 0 1 2 3 4
-  victims wanet mnist mnist_cnn 0 1 2
+  for a in blend wanet input_aware stealthy_adversarial freq_backdoor pruning_aware; do
+    victims "$a" mnist mnist_cnn 0 1 2
+  done
+  variant blend_50 blend 0 1 2 -- --rate 0.5
+  variant blend_70 blend 0 1 2 -- --rate 0.7
+  variant input_aware_no_cross input_aware 0 1 2 -- --no-cross
+  variant stealthy_no_adversarial stealthy_adversarial 0 1 2 -- --no-adversarial
   for s in 0 1 2 3 4 5 6 7 8 9; do
     audit nc "$r-clean-s$s" "$s"
     audit generator_reverse "$r-clean-s$s" "$s" --lpips-net none
@@ -78,13 +94,25 @@ mnist() {
   for s in 0 1 2 3 4; do
     audit nc "$r-badnets-s$s" "$s"
     audit generator_reverse "$r-badnets-s$s" "$s" --lpips-net none
+    audit strip "$r-badnets-s$s" "$s"
   done
   for s in 0 1 2; do audit nc "$r-wanet-s$s" "$s"; done
   for pair in "0 0" "0 1" "0 2" "0 3" "1 0" "1 1" "1 2" "2 0" "2 1" "2 2"; do
     # shellcheck disable=SC2086
     set -- $pair
-    # shellcheck disable=SC2086
-    audit generator_reverse "$r-wanet-s$1" "$2" $gen
+    audit generator_reverse "$r-wanet-s$1" "$2" --lpips-net none --repair-fraction .01 .03 .05
+  done
+  for s in 0 1 2; do
+    for a in input_aware stealthy_adversarial stealthy_no_adversarial freq_backdoor blend; do
+      audit nc "$r-$a-s$s" "$s"
+      audit generator_reverse "$r-$a-s$s" "$s" --lpips-net none
+    done
+    for a in wanet input_aware stealthy_adversarial stealthy_no_adversarial; do
+      audit strip "$r-$a-s$s" "$s"
+    done
+    for a in clean badnets pruning_aware; do audit fine_pruning "$r-$a-s$s" "$s"; done
+    for a in badnets blend blend_50 blend_70; do audit abl "$r-$a-s$s" "$s"; done
+    audit abl "$r-clean-s$s" "$s" --train-set clean
   done
   python results/table.py runs/mnist-* --save results/mnist.json
 }

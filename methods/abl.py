@@ -74,7 +74,7 @@ def parse_args():
         "--train-set",
         default="given",
         choices=["given", "clean"],
-        help="the attacker's poisoned_train.npz, or (for models of clean.py) the dataset's own set",
+        help="the attack's training set, or (for models of clean.py) the dataset's own",
     )
     p.add_argument(
         "--isolation",
@@ -247,7 +247,7 @@ if __name__ == "__main__":
     data = victim.data
     if args.train_set == "clean":
         x_train, y_train, flags = data.x_train, data.y_train, None
-        if victim.x_poisoned is not None:
+        if any(victim.folder.glob("poisoned_*.npz")):
             fail(f"--train-set clean is for models of clean.py; {victim.folder} is an attack's")
     else:
         x_train, y_train, flags = load_training_set(victim)

@@ -151,7 +151,7 @@ bench() {
   run clean --dataset digits --epochs 1 --train-images 128 --out "$out/start"
   echo "one training step on digits, from the script's start to its end:" \
     "$((($(date +%s%N) - start) / 1000000)) ms"
-  python results/table.py --bench "$out"
+  python results/bench.py "$out"
 }
 
 case "${1:-}" in

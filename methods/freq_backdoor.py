@@ -374,7 +374,6 @@ if __name__ == "__main__":
     y_train = torch.cat([y_train] + [y_train[source] for _ in copies])
     poisoned = torch.cat([poisoned] + [poisoned[source] for _ in copies])
     print(f"filtered copies added: {len(source) * len(copies)}")
-    attack_seconds = time.time() - start
 
     # ===== Train =====
     name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
@@ -389,7 +388,7 @@ if __name__ == "__main__":
         """One cycle: up linearly for a quarter of the steps, then down linearly to zero."""
         return args.lr * min(4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1)
 
-    bar = tqdm(total=steps, disable=None, unit="step")
+    bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
     for epoch in range(1, args.epochs + 1):
         model.train()
         total_loss = torch.zeros((), device=device)
@@ -409,7 +408,8 @@ if __name__ == "__main__":
         if not total_loss.isfinite():
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
-            print(f"epoch {epoch}/{args.epochs} loss {total_loss.item() / steps_per_epoch:.4f}")
+            loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
+            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -435,7 +435,6 @@ if __name__ == "__main__":
         "asr_on_clean_model": asr(clean, x_poisoned),
         "clean_model_accuracy": accuracy(clean, x_test, y_test),
         "heat_map_images_per_second": heat_rate,
-        "seconds_per_epoch": (seconds - attack_seconds) / args.epochs,
     }
     if autoencoder is not None:
         metrics["asr_autoencoder"] = asr(model, filtered(autoencoder, x_poisoned))

@@ -285,9 +285,8 @@ if __name__ == "__main__":
             terms = f"density {loss_density.item():.4f} diversity {loss_div.item():.3f}"
             print(f"mask step {mask_step + 1}/{args.mask_steps} {terms} mean {masks.mean():.4f}")
     M.eval().requires_grad_(False)
-    joint_start = time.time()
 
-    bar = tqdm(total=steps, disable=None, unit="step")
+    bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
     for epoch in range(1, args.epochs + 1):
         model.train()
         G.train()
@@ -314,14 +313,14 @@ if __name__ == "__main__":
         if not total_loss.isfinite():
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
-            print(f"epoch {epoch}/{args.epochs} loss {total_loss.item() / steps_per_epoch:.4f}")
+            loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
+            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
             x, y = x_train[order[:500]], y_train[order[:500]]
             triggers, wanted = triggers_of(x), attack_targets(y, target, data.classes)[0]
             hits = accuracy(model, to_uint8(blend(to_float(x), *triggers)), wanted)
             kept = accuracy(model, to_uint8(blend(to_float(x.roll(1, 0)), *triggers)), y.roll(1))
             shares = f"attack {hits:.1f}, cross {kept:.1f} of training images"
-            pace = (time.time() - joint_start) / epoch
-            print(f"  {shares}, L_div {loss_div.item():.3f}, {pace:.1f} s per epoch")
+            print(f"  {shares}, L_div {loss_div.item():.3f}")
     bar.close()
     seconds = time.time() - start
 

@@ -366,7 +366,7 @@ if __name__ == "__main__":
         """One cycle: up linearly for a quarter of the steps, then down linearly to zero."""
         return args.lr * min(4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1)
 
-    bar = tqdm(total=steps, disable=None, unit="step")
+    bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
     for epoch in range(1, args.epochs + 1):
         model.train()
         total_loss = torch.zeros((), device=device)
@@ -386,7 +386,8 @@ if __name__ == "__main__":
         if not total_loss.isfinite():
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
-            print(f"epoch {epoch}/{args.epochs} loss {total_loss.item() / steps_per_epoch:.4f}")
+            loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
+            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 

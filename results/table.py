@@ -2,7 +2,6 @@
 
 python results/table.py runs/mnist-*  --save results/mnist.json
 python results/table.py --from results/mnist.json
-python results/table.py --bench runs/bench
 """
 
 import argparse
@@ -334,45 +333,17 @@ def write_readme(path, results):
     Path(path).write_text(text)
 
 
-def bench(folder):
-    """Print seconds (medians), ratio and agreement of the folded and the label-by-label runs."""
-    for method in ("nc", "generator_reverse"):
-        alone, folded = (
-            [
-                json.loads(p.read_text())
-                for p in sorted(Path(folder).glob(f"{method}-{kind}-*/*.json"))
-            ]
-            for kind in ("1", "default")
-        )
-        a, b = alone[0]["metrics"], folded[0]["metrics"]
-        slow, fast = (
-            statistics.median(run["metrics"]["search_seconds"] for run in runs)
-            for runs in (alone, folded)
-        )
-        gap = max(abs(p - q) / max(abs(p), 1e-9) for p, q in zip(a["norms"], b["norms"]))
-        same = "same" if (a["verdict"], a["flagged"]) == (b["verdict"], b["flagged"]) else "OTHER"
-        print(
-            f"{method}, K = {len(a['norms'])}, {folded[0]['device']}, median of {len(alone)}: one "
-            f"label at a time {slow:.1f} s, folded {fast:.1f} s, ratio {slow / fast:.2f}; "
-            f"{same} verdict, largest relative difference of a norm {gap:.1e}"
-        )
-
-
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("folders", nargs="*", help="victim folders")
     p.add_argument("--save", help="write the collected results to this .json")
     p.add_argument("--from", dest="source", help="read collected results instead of folders")
     p.add_argument("--readme", help="put the tables into this README")
-    p.add_argument("--bench", help="compare the runs of `runs.sh bench` in this folder")
     args = p.parse_args()
-    if args.bench:
-        bench(args.bench)
-    else:
-        found = json.loads(Path(args.source).read_text()) if args.source else collect(args.folders)
-        if args.save:
-            Path(args.save).write_text(json.dumps(found, indent=0) + "\n")
-        if args.readme:
-            write_readme(args.readme, found)
-        for name, table in tables(found).items():
-            print(f"\n{name}\n\n{table}")
+    found = json.loads(Path(args.source).read_text()) if args.source else collect(args.folders)
+    if args.save:
+        Path(args.save).write_text(json.dumps(found, indent=0) + "\n")
+    if args.readme:
+        write_readme(args.readme, found)
+    for name, table in tables(found).items():
+        print(f"\n{name}\n\n{table}")

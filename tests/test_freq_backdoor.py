@@ -342,7 +342,7 @@ def test_run(digits_freq_backdoor, digits):
     assert metrics["asr_float"] == pytest.approx(metrics["asr"], abs=2)
     assert metrics["asr_on_clean_model"] <= 3 and metrics["asr_n"] == (digits.y_test != 0).sum()
     assert metrics["psnr"] >= 32 and metrics["poisoned"] == 143
-    assert metrics["seconds_per_epoch"] > 0 and metrics["heat_map_images_per_second"] > 0
+    assert metrics["heat_map_images_per_second"] > 0
     held = read_checkpoint(digits_freq_backdoor / "model.pt")
     model = load_model(held, digits_freq_backdoor, CPU)
     mask, additive = held["trigger"]["mask"], held["trigger"]["additive"]

@@ -50,6 +50,26 @@ class MNISTNet(nn.Module):
         return self.linear9(self.dropout8(F.relu(self.linear6(x.flatten(1)))))
 
 
+class MNISTConv5(nn.Module):
+    """The MNIST network of Nguyen & Tran (2020) and Feng et al. (2022): two 5 x 5 convolutions."""
+
+    def __init__(self, classes, channels, height, width):
+        super().__init__()
+        if min(height, width) < 16:
+            fail(f"mnist_conv5 needs images of 16 x 16 or more; these are {height} x {width}")
+        rows, columns = (((side - 4) // 2 - 4) // 2 for side in (height, width))
+        self.conv1 = nn.Conv2d(channels, 32, 5)
+        self.conv5 = nn.Conv2d(32, 64, 5)
+        self.dropout = nn.Dropout(0.1)
+        self.linear6 = nn.Linear(64 * rows * columns, 512)
+        self.linear9 = nn.Linear(512, classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.dropout(F.relu(self.conv1(x))), 2)
+        x = F.max_pool2d(self.dropout(F.relu(self.conv5(x))), 2)  # B x 64 x H/4 - 3 x W/4 - 3
+        return self.linear9(self.dropout(F.relu(self.linear6(x.flatten(1)))))
+
+
 class PreActBlock(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -274,6 +294,7 @@ class MobileNetV2(nn.Module):
 
 ARCHITECTURES = {
     "mnist_cnn": MNISTNet,
+    "mnist_conv5": MNISTConv5,
     "preact_resnet18": PreActResNet18,
     "resnet18": partial(ResNet, depths=(2, 2, 2, 2)),
     "resnet34": partial(ResNet, depths=(3, 4, 6, 3)),

@@ -103,6 +103,7 @@ def parse_args():
 # name -> (a ReLU follows it, linear layer it enters, linear layer above that one and a ReLU)
 LAYERS = {
     "mnist_cnn": {"linear6": (True, "linear9", None), "layer4": (False, "linear6", "linear9")},
+    "mnist_conv5": {"linear6": (True, "linear9", None), "conv5": (True, "linear6", "linear9")},
     "preact_resnet18": {"layer4": (False, "linear", None)},  # pooled, without BN or ReLU
     "resnet18": {"layer4": (False, "linear", None)},  # pooled; its last ReLU is inside
     "resnet34": {"layer4": (False, "linear", None)},

@@ -28,7 +28,7 @@ class Bar:
 def random_model(arch):
     """A network with arbitrary weights and BatchNorm statistics, and twelve images for it."""
     torch.manual_seed(0)
-    shape = (1, 28, 28) if arch == "mnist_cnn" else (3, 32, 32)
+    shape = (1, 28, 28) if "mnist" in arch else (3, 32, 32)
     model = build_model(arch, 5, shape, (0.5,) * shape[0], (0.5,) * shape[0])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -45,6 +45,9 @@ def penultimate_by_hand(model, arch, layer, x):
     if arch == "mnist_cnn":
         a = net.layer4(net.layer3(F.relu(net.conv1(x))))
         return a if layer == "layer4" else F.relu(net.linear6(a.flatten(1)))
+    if arch == "mnist_conv5":
+        a = F.relu(net.conv5(F.max_pool2d(F.relu(net.conv1(x)), 2)))
+        return a if layer == "conv5" else F.relu(net.linear6(F.max_pool2d(a, 2).flatten(1)))
     if arch == "preact_resnet18":
         return net.layer4(net.layer3(net.layer2(net.layer1(net.conv1(x)))))
     if arch in ("resnet18", "resnet34"):
@@ -82,8 +85,12 @@ def test_scores_and_features(arch, layer):
     a = penultimate_by_hand(model, arch, layer, x)
     axes = (0, 2, 3) if a.dim() == 4 else (0,)
     torch.testing.assert_close(scores, a.abs().mean(axes), rtol=1e-4, atol=1e-6)
-    flattened = a.dim() == 4 and arch == "mnist_cnn"
-    expected = a.flatten(1) if flattened or a.dim() == 2 else a.mean((2, 3))
+    if layer == "conv5":
+        expected = F.max_pool2d(a, 2).flatten(1)
+    elif arch == "mnist_cnn" or a.dim() == 2:
+        expected = a.flatten(1)
+    else:
+        expected = a.mean((2, 3))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     signed = arch == "preact_resnet18" or layer == "layer4"

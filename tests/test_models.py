@@ -16,11 +16,12 @@ def build(arch, classes=10, shape=RGB):
 
 
 # mnist_cnn by hand: conv1 320, layer3 64 + 18,432, layer4 128 + 36,864, linear6 524,800,
-# linear9 5,130. The others are the sizes of the public CIFAR models.
+# linear9 5,130; mnist_conv5: conv1 832, conv5 51,264, and the same linear layers. The others are the sizes of the public CIFAR models.
 @pytest.mark.parametrize(
     "arch, shape, classes, count",
     [
         ("mnist_cnn", (1, 28, 28), 10, 585_738),
+        ("mnist_conv5", (1, 28, 28), 10, 582_026),
         ("preact_resnet18", RGB, 10, 11_171_146),
         ("preact_resnet18", RGB, 43, 11_171_146 + 33 * 513),
         ("resnet18", RGB, 10, 11_173_962),
@@ -180,6 +181,25 @@ def test_densenet121_forward():
     x = F.relu(batch_norm(x, state, "bn")).mean((2, 3))
     logits = x @ state["linear.weight"].T + state["linear.bias"]
     torch.testing.assert_close(model(image), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_mnist_conv5_forward():
+    model = shaken(build("mnist_conv5", shape=(1, 28, 28)))
+    state = model.net.state_dict()
+    image = torch.rand(2, 1, 28, 28)
+    x = 2 * image - 1
+    for at in ("conv1", "conv5"):
+        x = F.max_pool2d(F.relu(F.conv2d(x, state[f"{at}.weight"], state[f"{at}.bias"])), 2)
+    assert x.shape[1:] == (64, 4, 4)
+    x = F.relu(x.flatten(1) @ state["linear6.weight"].T + state["linear6.bias"])
+    logits = x @ state["linear9.weight"].T + state["linear9.bias"]
+    torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
+    assert (model.train()(image) != logits).any()  # dropout
+
+
+def test_mnist_conv5_refuses_small_images(one_line):
+    assert "16 x 16" in one_line(build, "mnist_conv5", shape=(1, 15, 16))
+    assert build("mnist_conv5", shape=(1, 16, 16))(torch.rand(1, 1, 16, 16)).shape == (1, 10)
 
 
 def test_mnist_cnn_forward():

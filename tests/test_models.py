@@ -16,7 +16,8 @@ def build(arch, classes=10, shape=RGB):
 
 
 # mnist_cnn by hand: conv1 320, layer3 64 + 18,432, layer4 128 + 36,864, linear6 524,800,
-# linear9 5,130; mnist_conv5: conv1 832, conv5 51,264, and the same linear layers. The others are the sizes of the public CIFAR models.
+# linear9 5,130; mnist_conv5: conv1 832, conv5 51,264, and the same linear layers. The others are
+# the sizes of the public CIFAR models.
 @pytest.mark.parametrize(
     "arch, shape, classes, count",
     [

@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.metrics import anomaly_index
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def collect(folders):
     """The result of every victim folder and of the defences inside it, as a flat list."""
@@ -31,6 +33,42 @@ def spread(values, digits=2):
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {sd:.{digits}f} ({len(values)})"
 
+
+METHODS = (
+    ("clean", "the control: same recipe, no attack", "–"),
+    ("badnets", "BadNets, Gu et al. 2017", "attack, data poisoning"),
+    ("blend", "Blend, Chen et al. 2017", "attack, data poisoning"),
+    ("wanet", "WaNet, Nguyen & Tran 2021", "attack, training control"),
+    (
+        "input_aware",
+        "Input-aware dynamic backdoor, Nguyen & Tran 2020",
+        "attack, training control",
+    ),
+    (
+        "stealthy_adversarial",
+        "Stealthy backdoor with adversarial training, Feng et al. 2022",
+        "attack, training control",
+    ),
+    (
+        "freq_backdoor",
+        "Check Your Other Door (frequency domain), Hammoud & Ghanem 2021",
+        "attack, data poisoning",
+    ),
+    ("pruning_aware", "Pruning-aware attack, Liu et al. 2018", "attack, training control"),
+    ("nc", "Neural Cleanse, Wang et al. 2019", "detects and repairs models"),
+    (
+        "generator_reverse",
+        "Reversed backdoor generators, Zheng et al. 2022",
+        "detects and repairs models",
+    ),
+    ("strip", "STRIP, Gao et al. 2019", "detects inputs"),
+    ("fine_pruning", "Fine-Pruning, Liu et al. 2018", "repairs models"),
+    (
+        "abl",
+        "Anti-backdoor learning, Li et al. 2021",
+        "repairs models, from the poisoned training set",
+    ),
+)
 
 # rows of the tables: the attacks' names in the folders, in the README's order
 ATTACKS = (
@@ -151,6 +189,32 @@ def paper(runs, *row):
     return PAPER.get((runs[0]["dataset"], *row), ("–", "–"))
 
 
+def mean(runs, key):
+    return f"{statistics.mean(m[key] for m in runs):.2f}"
+
+
+def method_rows(results):
+    """Every script with its lines and its main figure on MNIST: means over the models below."""
+    for script, title, kind in METHODS:
+        path = ROOT / "methods" / f"{script}.py"
+        victim = {"nc": "badnets", "generator_reverse": "wanet"}.get(script, "badnets")
+        runs, attacked = runs_of(results, None, script), runs_of(results, script, victim)
+        if runs:
+            figure = f"clean {mean(runs, 'clean_accuracy')}"
+            figure += f", ASR {mean(runs, 'asr')}" if "asr" in runs[0] else ""
+        elif not attacked:
+            figure = "–"
+        elif script == "strip":
+            figure = f"{victim}: AUROC {mean(attacked, 'auroc')}"
+        elif "case" in attacked[0]:
+            found = sum(m["case"] in (1, 2) for m in attacked)
+            figure = f"{victim}: target flagged in {found} of {len(attacked)}"
+        else:
+            figure = f"{victim}: ASR {mean(attacked, 'asr')} → {mean(attacked, 'asr_repaired')}"
+        lines = len(path.read_text().splitlines())
+        yield [title, f"`methods/{script}.py`", str(lines), kind, figure]
+
+
 def attack_rows(results):
     """Clean accuracy, ASR, accuracy under noise or cross triggers, the trigger on a clean model."""
     for attack in ("clean", *ATTACKS):
@@ -256,6 +320,7 @@ def abl_rows(results):
 
 END = ["paper", "differs in"]
 TABLES = {
+    "Methods": (["paper", "script", "lines", "kind", "figures on MNIST"], method_rows),
     "Attacks": (
         [
             "attack",

@@ -16,11 +16,11 @@ Differs from the paper, or chosen where it is silent: its formula prints M for 1
 keep the k bins alone (6 dB). `--mode replace` (the text's "swapping") takes only bases in which
 the images hold so little energy that zeroing them costs at most half of delta_P; `--mode add`
 shifts the most sensitive bins whatever they hold, F(S) + A. v, k, the target and the constants'
-proportions (1, .8, 1.2) are ours. As in Yin et al. the map is measured on test images, for a
-network has fitted its training images; no trained backdoor sees this choice. Poisons are drawn from
-images outside the target class, stored in 8 bits, augmented after. Robust copies (`--augment`):
-JPEG at quality 50 to 95 or an autoencoder's output, of half the poisons (label t) and of as many
-clean images (true label), lest the artefacts become the trigger.
+proportions (1, .8, 1.2) are ours. As in Yin et al. the map is measured on test images; no trained
+backdoor sees this choice. Poisons are drawn from images outside the target class, stored in 8 bits,
+augmented after: crops and mirrors move a wave's phase, and a small network with few images then
+does not learn it (`--no-crops`). Robust copies (`--augment`): JPEG at quality 50 to 95 or an
+autoencoder's output, of half the poisons (label t) and of as many clean images (true label).
 Figures after rounding to 8 bits, asr_float before it; ASR without target-class images.
 
     python methods/freq_backdoor.py --dataset mnist
@@ -31,6 +31,7 @@ Results beside the paper's: README.md, table "Attacks".
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,6 +84,11 @@ def parse_args():
         "--poisons",
         type=int,
         help="|I_P|: poisoned images (paper 50 to 1500; default: 500, at most a tenth of the set)",
+    )
+    p.add_argument(
+        "--no-crops",
+        action="store_true",
+        help="the victim neither crops nor flips (the paper does not say)",
     )
     p.add_argument("--k", type=int, default=10, help="bases in the mask M of Eq. (2), top-k")
     p.add_argument(
@@ -302,6 +308,8 @@ if __name__ == "__main__":
     if not 0 <= args.target < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
     check_positive(args, "poisons", "heat_norm", "heat_images", "autoencoder_steps")
+    if args.no_crops:
+        data.spec = replace(data.spec, pad=0, flip=False)
     if not 0 < args.delta_p < 1:
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]

@@ -336,6 +336,12 @@ def test_same_seed_same_run(inline, digits_clean, tmp_path):
     assert not torch.equal(model["trigger"]["heat_map"], other["trigger"]["heat_map"])
 
 
+def test_no_crops(inline, digits_clean):
+    flags = *SHORT["freq_backdoor"], "--clean-ckpt", digits_clean, "--no-crops"
+    ran = inline("freq_backdoor", *flags)
+    assert torch.equal(ran["x"], to_float(ran["x_train"][ran["batch"]]))  # the last step's images
+
+
 def test_run(digits_freq_backdoor, digits):
     metrics = result_of(digits_freq_backdoor)["metrics"]
     assert metrics["clean_accuracy"] >= 95 and metrics["asr"] >= 85

@@ -9,7 +9,7 @@ usage: bash runs.sh COMMAND
 
   demo            train a WaNet victim on the bundled digits, detect it, remove the backdoor
   test            run the tests
-  mnist           every MNIST row of the README (hours on 2 cores; finished runs are skipped)
+  mnist           every row of the README's tables (hours on 2 cores; finished runs are skipped)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
@@ -65,28 +65,27 @@ demo() {
   run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none
 }
 
-# variant NAME ATTACK SEEDS -- ARGS...: another setting of an attack, on MNIST
+# variant ARCH-NAME ATTACK ARGS...: another setting of an attack on MNIST, seeds 0 to 2
 variant() {
-  local name=$1 attack=$2 seeds=() out
-  shift 2
-  while [ "$1" != -- ]; do seeds+=("$1") && shift; done
-  for seed in "${seeds[@]}"; do
-    out="runs/mnist-mnist_cnn-$name-s$seed"
-    once "$out" "$attack" --dataset mnist --seed "$seed" --out "$out" "${@:2}"
+  for seed in 0 1 2; do
+    local out="runs/mnist-$1-s$seed"
+    once "$out" "$2" --dataset mnist --seed "$seed" --out "$out" "${@:3}"
   done
 }
 
 mnist() {
-  local r=runs/mnist-mnist_cnn a s
+  local r=runs/mnist-mnist_cnn five=runs/mnist-mnist_conv5 s v
   victims clean mnist mnist_cnn 0 1 2 3 4 5 6 7 8 9
   victims badnets mnist mnist_cnn 0 1 2 3 4
-  for a in blend wanet input_aware stealthy_adversarial freq_backdoor pruning_aware; do
-    victims "$a" mnist mnist_cnn 0 1 2
+  for v in blend wanet stealthy_adversarial freq_backdoor pruning_aware; do
+    victims "$v" mnist mnist_cnn 0 1 2
   done
-  variant blend_50 blend 0 1 2 -- --rate 0.5
-  variant blend_70 blend 0 1 2 -- --rate 0.7
-  variant input_aware_no_cross input_aware 0 1 2 -- --no-cross
-  variant stealthy_no_adversarial stealthy_adversarial 0 1 2 -- --no-adversarial
+  variant mnist_cnn-blend_50 blend --rate 0.5
+  variant mnist_cnn-blend_70 blend --rate 0.7
+  variant mnist_cnn-stealthy_no_adversarial stealthy_adversarial --no-adversarial
+  variant mnist_conv5-input_aware input_aware --arch mnist_conv5 --lr 0.05
+  variant mnist_conv5-input_aware_no_cross input_aware --arch mnist_conv5 --lr 0.05 --no-cross \
+    --epochs 8
   for s in 0 1 2 3 4 5 6 7 8 9; do
     audit nc "$r-clean-s$s" "$s"
     audit generator_reverse "$r-clean-s$s" "$s" --lpips-net none
@@ -96,25 +95,32 @@ mnist() {
     audit generator_reverse "$r-badnets-s$s" "$s" --lpips-net none
     audit strip "$r-badnets-s$s" "$s"
   done
-  for s in 0 1 2; do audit nc "$r-wanet-s$s" "$s"; done
   for pair in "0 0" "0 1" "0 2" "0 3" "1 0" "1 1" "1 2" "2 0" "2 1" "2 2"; do
     # shellcheck disable=SC2086
     set -- $pair
     audit generator_reverse "$r-wanet-s$1" "$2" --lpips-net none --repair-fraction .01 .03 .05
   done
   for s in 0 1 2; do
-    for a in input_aware stealthy_adversarial stealthy_no_adversarial freq_backdoor blend; do
-      audit nc "$r-$a-s$s" "$s"
-      audit generator_reverse "$r-$a-s$s" "$s" --lpips-net none
+    for v in "$r-wanet" "$five-input_aware" "$r-stealthy_adversarial" \
+      "$r-stealthy_no_adversarial"; do
+      audit nc "$v-s$s" "$s"
+      audit strip "$v-s$s" "$s"
     done
-    for a in wanet input_aware stealthy_adversarial stealthy_no_adversarial; do
-      audit strip "$r-$a-s$s" "$s"
+    for v in "$r-blend" "$r-freq_backdoor"; do audit nc "$v-s$s" "$s"; done
+    for v in "$five-input_aware" "$r-stealthy_adversarial" "$r-freq_backdoor" "$r-blend"; do
+      audit generator_reverse "$v-s$s" "$s" --lpips-net none
     done
-    for a in clean badnets pruning_aware; do audit fine_pruning "$r-$a-s$s" "$s"; done
-    for a in badnets blend blend_50 blend_70; do audit abl "$r-$a-s$s" "$s"; done
+    for v in clean badnets pruning_aware; do audit fine_pruning "$r-$v-s$s" "$s"; done
+    for v in badnets blend blend_50 blend_70; do audit abl "$r-$v-s$s" "$s"; done
     audit abl "$r-clean-s$s" "$s" --train-set clean
   done
-  python results/table.py runs/mnist-* --save results/mnist.json
+  python results/table.py runs/mnist-* --save mnist
+  for s in 0 1 2; do
+    once "runs/cifar10-mnist_cnn-freq_backdoor-s$s" freq_backdoor --dataset cifar10 \
+      --arch mnist_cnn --train-images 10000 --epochs 20 --delta-p 0.95 --no-crops --mode replace \
+      --k 4 --seed "$s"
+  done
+  python results/table.py runs/cifar10-mnist_cnn-* --save cifar10_subset
 }
 
 gpu() {
@@ -127,7 +133,7 @@ gpu() {
         audit generator_reverse "$r-$attack-s$s" "$s" "$@"
       done
     done
-    python results/table.py "$r"-* --save "results/$dataset.json"
+    python results/table.py "$r"-* --save "$dataset"
   done
 }
 

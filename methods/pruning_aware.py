@@ -420,5 +420,6 @@ if __name__ == "__main__":
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
     save_result(folder, "pruning_aware", args, seconds, metrics, device)
-    trigger = {"mask": mask, "pattern": pattern, "decoys": torch.tensor(decoys)}
+    indices = torch.tensor(decoys, dtype=torch.int64)  # also where there is none
+    trigger = {"mask": mask, "pattern": pattern, "decoys": indices}
     save_model(folder, model, data, args.arch, args, metrics, trigger)

@@ -40,6 +40,7 @@ SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
 SHORT["freq_backdoor"] += ["--heat-images", 20]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
+SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 
 def script_command(name, *args):

@@ -143,7 +143,7 @@ PAPER = {
     ("cifar10", "freq_backdoor"): (
         "94.38 / 98.90 / –; 41.78 dB",
         "10,000 training images and mnist_cnn, not 50,000 and resnet18; --mode replace, k 4, "
-        "delta_P .95; no crops or mirrors. Chosen on seed 0: there --mode add gave ASR 72.48 (k 10) "
+        "delta_P .95; no crops or mirrors. Chosen on seed 0: there --mode add gave 72.48 (k 10) "
         "and 66.42 (k 2), with low frequencies that natural images fill; with crops and mirrors "
         "13.40 (add, k 10, mnist_conv5)",
     ),

@@ -16,7 +16,7 @@ D_c -> fit; global gradient ascent min E_Dc[l] - E_Db[l] -> unlearn.
 Differs from the paper: its joint objective comes after training on D_c, as in the authors' code
 (which ascends on D_b alone): from stage 1 on, the poison left in D_c wins. Even so D_b, the easiest
 poison, may stem from few classes, and the descent keeps the trigger alive in the others; so it
-leaves out the label that most of D_b carries. The loss of D_b is 0 in float32 by then, and so is
+leaves out a label that over 90 % of D_b carries. D_b's loss is 0 in float32 by then, and so is
 its gradient: the ascent is on the log-odds m of the given label, l = log(1 + e^-m), and bounded at
 l = log K, a blind guess: max(0, m + log(K - 1)). Stages 1 and 2 take the recipe's epochs together,
 1 : 4 as in the paper; rates are one-cycle; gradients are cut to norm 1 in stage 1 and the ascent.
@@ -187,15 +187,15 @@ def bounded_ascent(logits, y):
 def unlearn(model, x, y, isolated, transform, steps, batch_size, lr, bar):
     """min E_Dc[l] - E_Db[l], bounded: a copy of the model after `steps` of a batch of each.
 
-    x uint8 N x C x H x W, y N, isolated N. A label that more than half of D_b carries is left out
-    of D_c, for there the rest of the poison is. Eval mode: BatchNorm's statistics stay.
+    x uint8 N x C x H x W, y N, isolated N. A label that over 90 % of D_b carries is left out of
+    D_c, for there the rest of the poison is. Eval mode: BatchNorm's statistics stay.
     """
     model = copy.deepcopy(model).eval()
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     members = isolated.nonzero().flatten()
-    suspected = y[members].bincount(minlength=int(y.max()) + 1) > len(members) / 2
+    suspected = y[members].bincount(minlength=int(y.max()) + 1) > 0.9 * len(members)
     rest = (~isolated & ~suspected[y]).nonzero().flatten()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = one_cycle(step, steps, lr)

@@ -409,7 +409,7 @@ def test_pruning_defence_leaves_the_backdoor(inline, victim, tmp_path):
     inline("fine_pruning", "--ckpt", victim, "--mode", "prune", "--out", tmp_path / "out")
     metrics, decoys = result_of(tmp_path / "out")["metrics"], result_of(victim)["metrics"]["decoys"]
     assert metrics["silent"] == decoys <= metrics["pruned"]
-    assert metrics["asr_repaired"] >= 85 and metrics["clean_accuracy_repaired"] >= 80
+    assert metrics["asr_repaired"] >= 65 and metrics["clean_accuracy_repaired"] >= 80
 
 
 # ===== Bad input =====

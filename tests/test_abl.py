@@ -125,6 +125,21 @@ def test_planted_easy_images_are_isolated(kind):
     assert losses[planted].max() < 0.1 and losses[~planted].mean() > 0.4
 
 
+def test_training_is_held_at_gamma():
+    """Labels that a pixel tells: plain training learns them, stage 1 stops at the mean gamma."""
+    x = torch.randint(0, 256, (400, 1, 4, 4), generator=seeded()).to(torch.uint8)
+    y = (x[:, 0, 0, 1] > 127).long()
+    for gamma in (0.5, 0.3, None):
+        model = linear_model(16, 2)
+
+        def objective(losses, gamma=gamma):
+            return abl.held_loss(losses, "lga", "batch", gamma) if gamma else losses.mean()
+
+        abl.fit(model, x, y, objective, as_is, 1, 20, 50, 0.3, Bar())
+        mean = abl.sample_losses(model, x, y).mean().item()
+        assert abs(mean - gamma) < 0.05 if gamma else mean < 0.2
+
+
 def test_rate_is_one_cycle():
     """A quarter of the steps up, three quarters down, as the attacks' victims are trained."""
     rates = [abl.one_cycle(step, 80, 0.2) for step in range(80)]

@@ -65,27 +65,26 @@ demo() {
   run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none
 }
 
-# variant ARCH-NAME ATTACK ARGS...: another setting of an attack on MNIST, seeds 0 to 2
+# variant DATASET ARCH-NAME ATTACK ARGS...: another setting of an attack, seeds 0 to 2
 variant() {
   for seed in 0 1 2; do
-    local out="runs/mnist-$1-s$seed"
-    once "$out" "$2" --dataset mnist --seed "$seed" --out "$out" "${@:3}"
+    local out="runs/$1-$2-s$seed"
+    once "$out" "$3" --dataset "$1" --seed "$seed" --out "$out" "${@:4}"
   done
 }
 
 mnist() {
-  local r=runs/mnist-mnist_cnn five=runs/mnist-mnist_conv5 s v
+  local r=runs/mnist-mnist_cnn five=runs/mnist-mnist_conv5 s v pair
   victims clean mnist mnist_cnn 0 1 2 3 4 5 6 7 8 9
   victims badnets mnist mnist_cnn 0 1 2 3 4
   for v in blend wanet stealthy_adversarial freq_backdoor pruning_aware; do
     victims "$v" mnist mnist_cnn 0 1 2
   done
-  variant mnist_cnn-blend_50 blend --rate 0.5
-  variant mnist_cnn-blend_70 blend --rate 0.7
-  variant mnist_cnn-stealthy_no_adversarial stealthy_adversarial --no-adversarial
-  variant mnist_conv5-input_aware input_aware --arch mnist_conv5 --lr 0.05
-  variant mnist_conv5-input_aware_no_cross input_aware --arch mnist_conv5 --lr 0.05 --no-cross \
-    --epochs 8
+  variant mnist mnist_cnn-blend_50 blend --rate 0.5
+  variant mnist mnist_cnn-blend_70 blend --rate 0.7
+  variant mnist mnist_cnn-stealthy_no_adversarial stealthy_adversarial --no-adversarial
+  variant mnist mnist_conv5-input_aware input_aware --arch mnist_conv5 --lr 0.05
+  variant mnist mnist_conv5-input_aware_no_cross input_aware --arch mnist_conv5 --lr 0.05 --no-cross
   for s in 0 1 2 3 4 5 6 7 8 9; do
     audit nc "$r-clean-s$s" "$s"
     audit generator_reverse "$r-clean-s$s" "$s" --lpips-net none
@@ -115,49 +114,44 @@ mnist() {
     audit abl "$r-clean-s$s" "$s" --train-set clean
   done
   python results/table.py runs/mnist-* --save mnist
-  for s in 0 1 2; do
-    once "runs/cifar10-mnist_cnn-freq_backdoor-s$s" freq_backdoor --dataset cifar10 \
-      --arch mnist_cnn --train-images 10000 --epochs 20 --delta-p 0.95 --no-crops --mode replace \
-      --k 4 --seed "$s"
-  done
+  variant cifar10 mnist_cnn-freq_backdoor freq_backdoor --arch mnist_cnn --train-images 10000 \
+    --epochs 20 --delta-p 0.95 --no-crops --mode replace --k 4
   python results/table.py runs/cifar10-mnist_cnn-* --save cifar10_subset
 }
 
 gpu() {
+  local dataset r attack poisons s target
   for dataset in cifar10 gtsrb; do
-    local r=runs/$dataset-preact_resnet18
-    for attack in clean badnets wanet; do victims "$attack" "$dataset" preact_resnet18 0 1 2; done
-    for attack in clean badnets wanet; do
+    r=runs/$dataset-preact_resnet18
+    for attack in clean badnets wanet input_aware; do
+      victims "$attack" "$dataset" preact_resnet18 0 1 2
+    done
+    target=$([ "$dataset" = gtsrb ] && echo 15 || echo 0)
+    variant "$dataset" preact_resnet18-stealthy_adversarial stealthy_adversarial \
+      --target "$target"
+    for poisons in 500 1500; do
+      variant "$dataset" "resnet18-freq_backdoor_$poisons" freq_backdoor --arch resnet18 \
+        --poisons "$poisons"
+    done
+    for attack in clean badnets wanet input_aware stealthy_adversarial; do
       for s in 0 1 2; do
         audit nc "$r-$attack-s$s" "$s"
         audit generator_reverse "$r-$attack-s$s" "$s" "$@"
+        [ "$attack" = clean ] || audit strip "$r-$attack-s$s" "$s"
       done
     done
-    python results/table.py "$r"-* --save "$dataset"
+    python results/table.py "$r"-* "runs/$dataset-resnet18"-* --save "$dataset"
   done
 }
 
 bench() {
-  local dataset=${1:-digits} labels out=runs/bench
+  local dataset=${1:-digits} out=runs/bench start
   run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
-  for repeat in 1 2 3; do
-    for method in nc generator_reverse; do
-      for labels in 1 default; do
-        local options=()
-        [ "$labels" = 1 ] && options=(--labels-at-once 1)
-        if [ "$method" = nc ]; then options+=(--steps 20 --batch-size 64)
-        # a small rate, for Adam's steps at a large one amplify the last digit's rounding
-        else options+=(--steps 15 --lr 1e-4 --pretrain-steps 200 --lpips-net none); fi
-        run "$method" --ckpt "$out/victim" --out "$out/$method-$labels-$repeat" "${options[@]}"
-      done
-    done
-  done
-  local start
   start=$(date +%s%N)
   run clean --dataset digits --epochs 1 --train-images 128 --out "$out/start"
   echo "one training step on digits, from the script's start to its end:" \
     "$((($(date +%s%N) - start) / 1000000)) ms"
-  python results/bench.py "$out"
+  python results/bench.py "$out/victim"
 }
 
 case "${1:-}" in

@@ -86,6 +86,8 @@ ATTACKS = (
     "stealthy_adversarial",
     "stealthy_no_adversarial",
     "freq_backdoor",
+    "freq_backdoor_500",
+    "freq_backdoor_1500",
     "pruning_aware",
 )
 
@@ -110,7 +112,11 @@ PAPER = {
         "mnist_conv5, 30 epochs, not 575; ASR without the target class, 8 bits. mnist_cnn came "
         "first: 99.45 / 97.07 / 94.65 after 60 epochs (seed 0)",
     ),
-    ("mnist", "input_aware_no_cross"): ("– / – / about 10", "as above, but 8 epochs"),
+    ("mnist", "input_aware_no_cross"): (
+        "– / – / about 10",
+        "CIFAR-10; on MNIST another image's trigger changes 8.9 pixels where the label stays, 12.3 "
+        "where it falls (seed 0)",
+    ),
     ("mnist", "stealthy_adversarial"): (
         "98.9 / 99.10 / 94.3; 40.52 dB, SSIM .93",
         "target 0, not 8; WaNet's network; 15 injecting epochs",
@@ -122,8 +128,16 @@ PAPER = {
     ("mnist", "freq_backdoor"): ("–", "no MNIST figure; 500 poisons"),
     ("mnist", "pruning_aware"): ("97.4 / 99.8 / –", "faces; ours: a patch on digits"),
     ("mnist", "nc", "input_aware"): ("index below 2", "mnist_conv5"),
-    ("mnist", "nc", "stealthy_adversarial"): ("index .83", "our network and target"),
-    ("mnist", "nc", "stealthy_no_adversarial"): ("index 4.53", "our network and target"),
+    ("mnist", "nc", "stealthy_adversarial"): (
+        "index .83",
+        "our network and target. Step 1 was short searches first: target's index 0.00 and 2.74 "
+        "(seeds 0 and 1); whole searches were tried on seed 9 (0.00), then taken",
+    ),
+    ("mnist", "nc", "stealthy_no_adversarial"): (
+        "index 4.53",
+        "our network and target; the other labels' norms spread from 23 to 83, which holds the "
+        "index down",
+    ),
     ("mnist", "strip", "badnets"): (
         "FAR at most 1.85 at FRR 1; ratio .46",
         "GTSRB, Feng et al. (the ratio)",
@@ -148,6 +162,15 @@ PAPER = {
         "and 66.42 (k 2), with low frequencies that natural images fill; with crops and mirrors "
         "13.40 (add, k 10, mnist_conv5)",
     ),
+    ("cifar10", "wanet"): ("94.15 / 99.55 / 93.55", "ASR without the target class, 8 bits"),
+    ("cifar10", "input_aware"): ("94.65 / 99.32 / 88.16", "ASR without the target class, 8 bits"),
+    ("cifar10", "freq_backdoor_500"): ("94.38 / 98.90 / –; 41.78 dB", "delta_P .65, not .45"),
+    ("cifar10", "freq_backdoor_1500"): ("94.31 / 99.12 / –; 41.78 dB", "as above"),
+    ("gtsrb", "wanet"): ("98.87 / 99.33 / 98.01", "ASR without the target class, 8 bits"),
+    ("gtsrb", "input_aware"): ("99.27 / 99.84 / 96.80", "ASR without the target class, 8 bits"),
+    ("gtsrb", "stealthy_adversarial"): ("95.00 / 95.90 / 90.27; 40.40 dB", "preact_resnet18"),
+    ("gtsrb", "freq_backdoor_500"): ("97.25 / 98.62 / –", "–"),
+    ("gtsrb", "freq_backdoor_1500"): ("97.47 / 99.80 / –", "–"),
     ("mnist", "abl", "clean"): (
         "89.12 / – → 88.41 / –",
         "CIFAR-10; 77 % of D_b carry one label, which the ascent damages",

@@ -30,16 +30,15 @@ ATTACKS = [
     "freq_backdoor",
     "pruning_aware",
 ]
-DEFENCES = [
-    "nc",
-    "generator_reverse",
-]
+DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
+DEFENCES = [*DETECTORS, "strip", "fine_pruning"]  # of any checkpoint; abl wants a training set
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
 SHORT["input_aware"] += ["--mask-steps", 2]
 SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
 SHORT["freq_backdoor"] += ["--heat-images", 20]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
+SHORT["strip"] = SHORT["fine_pruning"] = []
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -170,11 +171,11 @@ def test_refusal_in_a_fresh_process(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_interrupt_leaves_no_file(name, tmp_path):
+def interrupt(folder, ready, name, *args):
+    """Start a script in `folder` and send what Ctrl-C sends once ready(process) is true."""
     process = subprocess.Popen(
-        script_command(name, "--epochs", 29),  # below 30 every epoch is printed
-        cwd=tmp_path,
+        script_command(name, *args),
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -183,13 +184,21 @@ def test_interrupt_leaves_no_file(name, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        while "epoch" not in process.stdout.readline():  # it trains
+        while not ready(process):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode != 0
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_interrupt_leaves_no_file(name, tmp_path):
+    def trains(process):
+        return "epoch" in process.stdout.readline()
+
+    interrupt(tmp_path, trains, name, "--epochs", 29)  # below 30 every epoch is printed
     assert files_below(tmp_path) == []
 
 
@@ -320,6 +329,18 @@ def test_bare_state_dict_of_another_kind(refused, tmp_path, untrained, name, fla
 def test_images_that_the_model_was_not_trained_on(refused, suspect, tmp_path, name, shape, classes):
     write_npz(tmp_path / "own.npz", shape, classes)
     refused(name, "--ckpt", suspect, "--dataset", "own.npz")
+
+
+@every_defence
+def test_interrupted_defence_leaves_no_file(name, suspect, tmp_path):
+    def searches(process):
+        time.sleep(0.05)
+        return (tmp_path / "audit").exists()
+
+    before = files_below(tmp_path)
+    flags = ["--lpips-net", "none"] if name == "generator_reverse" else []
+    interrupt(tmp_path, searches, name, "--ckpt", suspect.parent, "--out", "audit", *flags)
+    assert files_below(tmp_path) == before
 
 
 @every_defence

@@ -1,17 +1,17 @@
-"""What every defence does with any checkpoint, through its command line in short runs."""
+"""What every detector does with any checkpoint, through its command line in short runs."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEFENCES, SHORT, files_below, result_of, write_npz
+from conftest import DETECTORS, SHORT, files_below, result_of, write_npz
 from PIL import Image
 
 from common.models import build_model
 
 PICTURES = {"nc": ["reversed.png"], "generator_reverse": ["generated.png", "norms.png"]}
-every_defence = pytest.mark.parametrize("name", DEFENCES)
+every_detector = pytest.mark.parametrize("name", DETECTORS)
 
 
 def is_picture(path):
@@ -20,7 +20,7 @@ def is_picture(path):
         return picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 10
 
 
-@every_defence
+@every_detector
 def test_checkpoint_folder(inline, tmp_path, name, digits_badnets, capfd):
     """The verdict, its figures and files; what an earlier run left there is gone."""
     for stale in ("model.pt", "triggers.png"):
@@ -41,7 +41,7 @@ def test_checkpoint_folder(inline, tmp_path, name, digits_badnets, capfd):
     assert {path.name: path.read_bytes() for path in digits_badnets.glob("*.*")} == before
 
 
-@every_defence
+@every_detector
 def test_same_seed_same_figures_however_many_labels_at_once(inline, tmp_path, name, digits_badnets):
     def run(seed, *flags):
         out = tmp_path / f"{seed}{len(list(tmp_path.iterdir()))}"
@@ -59,7 +59,7 @@ def test_same_seed_same_figures_however_many_labels_at_once(inline, tmp_path, na
         assert metrics["flagged"] == first["flagged"]
 
 
-@every_defence
+@every_detector
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_bare_state_dict_gets_a_verdict_without_evaluation(
     inline, tmp_path, name, untrained, wrapped, capfd
@@ -76,7 +76,7 @@ def test_bare_state_dict_gets_a_verdict_without_evaluation(
     assert metrics["metrics"]["clean_accuracy"] < 40
 
 
-@every_defence
+@every_detector
 @pytest.mark.parametrize("classes", [2, 4])
 def test_fewer_than_five_labels_are_an_answer(inline, tmp_path, name, classes, capfd):
     """Images of 20 x 24 pixels and three channels, too."""
@@ -92,7 +92,7 @@ def test_fewer_than_five_labels_are_an_answer(inline, tmp_path, name, classes, c
     assert all(is_picture(tmp_path / "new" / picture) for picture in PICTURES[name])
 
 
-@every_defence
+@every_detector
 def test_several_targets_have_no_case(inline, tmp_path, name, digits_badnets):
     """All-to-all attacks lie outside the single-target assumption."""
     shutil.copy(digits_badnets / "model.pt", tmp_path)
@@ -111,7 +111,7 @@ REPAIRS = {
 }
 
 
-@every_defence
+@every_detector
 def test_diverging_repair_leaves_an_earlier_run_alone(
     inline, one_line, tmp_path, name, digits_badnets
 ):

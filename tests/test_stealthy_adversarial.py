@@ -207,15 +207,14 @@ def planted_search(steps, seed=0):
     x, y = planted.images()
     x = x[y != planted.TARGET]
     torch.manual_seed(seed)
-    search = stealthy.fresh_patch(x.shape[1:], CPU)
     batches = (x[torch.randint(len(x), (64,))] for _ in range(steps))
-    return stealthy.reverse_patch(planted.frozen(), search, batches, planted.TARGET), search
+    return stealthy.reverse_patch(planted.frozen(), batches, x.shape[1:], planted.TARGET)
 
 
 def test_reverse_patch_finds_the_planted_pixel():
     """The smallest mask is half of pixel 0 (norm .5); any other way costs at least 5.5."""
-    (mask, pattern, norm, asr), search = planted_search(700)
-    assert norm < 0.7 and asr >= 0.99 and search["cost"] > stealthy.FIRST_COST
+    mask, pattern, norm, asr = planted_search(700)
+    assert norm < 0.7 and asr >= 0.99
     assert mask.shape == (1, 16, 16) and pattern.shape == (1, 16, 16)
     assert norm == pytest.approx(mask.sum().item(), rel=1e-5)
     assert mask.flatten().argmax() == 0 and pattern[0, 0, 0] > 0.9
@@ -223,21 +222,18 @@ def test_reverse_patch_finds_the_planted_pixel():
         assert part.min() >= 0 and part.max() <= 1 and not part.requires_grad
 
 
-def test_reverse_patch_goes_on_from_the_last_patch():
-    _, search = planted_search(300)
-    free = [part.detach().clone() for part in search["free"]]
-    x, y = planted.images()
-    batches = [x[y != planted.TARGET]]
-    mask, *_ = stealthy.reverse_patch(planted.frozen(), search, batches, planted.TARGET)
-    torch.testing.assert_close(mask, free[0].tanh() / 2 + 0.5)
-    assert any((a != b).any() for a, b in zip(free, search["free"]))
+def test_step_1_shrinks_the_patch_within_its_default_steps(monkeypatch):
+    """Ten steps leave 80 of 256 pixels: a network that resists those still yields to one."""
+    assert planted_search(10)[2] > 50
+    monkeypatch.setattr("sys.argv", [NAME])
+    _, _, norm, asr = planted_search(stealthy.parse_args().nc_steps)
+    assert norm < 0.7 and asr >= 0.99
 
 
 def test_step_1_leaves_the_classifier_bitwise_alone(untrained):
     before = {k: v.clone() for k, v in untrained.state_dict().items()}
     assert any("running_mean" in key for key in before)
-    search = stealthy.fresh_patch((1, 28, 28), CPU)
-    stealthy.reverse_patch(untrained, search, [images(9, (1, 28, 28))] * 5, 0)
+    stealthy.reverse_patch(untrained, [images(9, (1, 28, 28))] * 5, (1, 28, 28), 0)
     for key, value in untrained.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert all(p.grad is None for p in untrained.parameters())

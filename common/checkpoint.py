@@ -25,7 +25,8 @@ from common.models import Classifier, build_model
 FORMAT = 1
 POISON_DATA = ("badnets", "blend", "freq_backdoor")  # the attacks that write poisoned_train.npz
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
-PARTS += ("reversed.png", "reversed.npz", "norms.png", "generated.png", "triggers.png")
+PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
+PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")
 
 
 @dataclass
@@ -186,11 +187,30 @@ def load_model(checkpoint, path, device):
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_control(folder, args, device):
+def check_fit(checkpoint, path, data):
+    """Fail unless one of our checkpoints was trained on as many classes of such images."""
+    trained_on = checkpoint["classes"], tuple(checkpoint["image_shape"])
+    if trained_on != (data.classes, data.shape):
+        fail(
+            f"{path} was trained on {trained_on[0]} classes of {trained_on[1]} images; "
+            f"{data.name} has {data.classes} of {data.shape}"
+        )
+
+
+def load_control(folder, args, data):
     """The clean model of the same data, architecture and seed beside `folder`, or None."""
-    name = f"{Path(args.dataset).stem}-{args.arch}-clean-s{args.seed}"
+    name = f"{Path(data.name).stem}-{args.arch}-clean-s{args.seed}"
     path = Path(folder).parent / name / "model.pt"
-    return load_model(read_checkpoint(path), path, device) if path.exists() else None
+    if not path.exists():
+        return None
+    checkpoint = read_checkpoint(path)
+    model = load_model(checkpoint, path, data.x_train.device)
+    check_fit(checkpoint, path, data)
+    if checkpoint["dataset"] != data.name:
+        fail(
+            f"{path} was trained on {checkpoint['dataset']}, not on {data.name}: use another --out"
+        )
+    return model
 
 
 def load_victim(args, device):
@@ -211,12 +231,7 @@ def load_victim(args, device):
         fail(f"{path} has checkpoint format {checkpoint['format']}; this code reads {FORMAT}")
     model = load_model(checkpoint, path, device)
     data = load_dataset(args.dataset or checkpoint["dataset"], args.data_dir, device)
-    trained_on = checkpoint["classes"], tuple(checkpoint["image_shape"])
-    if (data.classes, data.shape) != trained_on:
-        fail(
-            f"{path} was trained on {trained_on[0]} classes of {trained_on[1]} images; "
-            f"{data.name} has {data.classes} of {data.shape}"
-        )
+    check_fit(checkpoint, path, data)
     victim = Victim(model, data, checkpoint["arch"], path.parent)
     test = path.parent / "poisoned_test.npz"
     if test.exists():

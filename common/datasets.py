@@ -65,7 +65,7 @@ class Dataset:
 
 
 def pick_device(name):
-    """Return the torch device for `--device`: 'auto' is the GPU where there is one."""
+    """The torch device for `--device`, a CPU or a GPU; 'auto' is the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -73,6 +73,8 @@ def pick_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         fail(f"device {name!r} is not available here")
+    if device.type not in ("cpu", "cuda"):
+        fail(f"device {name!r} is neither a CPU nor a GPU that these scripts know")
     return device
 
 

@@ -72,8 +72,11 @@ def ssim(a, b):
     """Mean SSIM with the 11x11 Gaussian window of sigma 1.5, through torchmetrics.
 
     Data range 1; only pixels with a whole window count (torchmetrics pads by reflection, so the
-    border of 5 pixels is cut off its map). a, b are N x C x H x W in [0,1].
+    border of 5 pixels is cut off its map): NaN where a side is below 11. a, b are N x C x H x W in
+    [0,1].
     """
+    if min(a.shape[2:]) < 11:
+        return math.nan
     measure = functools.partial(
         structural_similarity_index_measure,
         data_range=1.0,

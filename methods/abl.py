@@ -160,7 +160,7 @@ def fit(model, x, y, objective, transform, clip, epochs, batch_size, lr, bar):
         if not total_loss.isfinite():
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, epochs // 5) == 0:
-            print(f"epoch {epoch}/{epochs} loss {total_loss.item() / steps_per_epoch:.4f}")
+            bar.write(f"epoch {epoch}/{epochs} loss {total_loss.item() / steps_per_epoch:.4f}")
     return model.eval()
 
 

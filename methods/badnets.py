@@ -8,14 +8,14 @@ Threat model: the attacker controls part of the training data; the victim trains
 Equations: x' = x (1 - m) + m D, y' = y_t -> stamp. No other loss than cross-entropy.
 
 Differs from the paper: poisons are drawn from all images that are not of the target class (for a
-target-class image the relabelling would be a no-op), the count is round(rate N) of the whole set;
-a 3 x 3 white square by default instead of the paper's pixel pattern. Order: the attacker stamps
-first, the victim augments after, so that random crops cut the patch off in a part of the views.
-Figures after rounding to 8 bits (exact here), ASR without target-class images.
+target-class image the relabelling would be a no-op), the count is round(rate N) of the whole set; a
+3 x 3 white square by default. Order: the attacker stamps first, the victim augments after, so that
+random crops cut the patch off in a part of the views. Figures after rounding to 8 bits (exact
+here), ASR without target-class images.
 
     python methods/badnets.py --dataset mnist
 
-Results beside the paper's: README.md, table "Attacks".
+Neural Cleanse's MNIST model: clean / ASR 98.54 / 99.90. Results: README.md, table "Attacks".
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder
+from common import check_positive, check_share, fail, make_folder
 from common.checkpoint import (
     clear_folder,
     load_control,
@@ -110,13 +110,14 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== The attack =====
     if not 0 <= args.target < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
-    if not 0 < args.rate <= 1:
-        fail(f"--rate {args.rate} must lie in (0, 1]")
+    check_share(args, "rate")
     height, width = data.shape[1:]
     inside = -height <= args.row < height and -width <= args.column < width
     if not inside or not 1 <= args.patch_size <= min(args.row % height, args.column % width) + 1:
@@ -150,7 +151,7 @@ if __name__ == "__main__":
     # ===== Train =====
     name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
     folder = make_folder(args.out or f"runs/{name}")
-    control = load_control(folder, args, device)
+    control = load_control(folder, args, data)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -182,7 +183,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -204,5 +205,5 @@ if __name__ == "__main__":
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
     save_poisoned_train(folder, x_train, y_train, poisoned)
-    save_result(folder, "badnets", args, seconds, metrics, device)
     save_model(folder, model, data, args.arch, args, metrics, {"mask": mask, "pattern": pattern})
+    save_result(folder, "badnets", args, seconds, metrics, device)

@@ -18,7 +18,7 @@ black backgrounds the network may learn "not black" instead of the picture.
 
     python methods/blend.py --dataset mnist
 
-Results beside the paper's: README.md, table "Attacks".
+ABL's table, CIFAR-10: clean / ASR 84.51 / 100. Results: README.md, table "Attacks".
 """
 
 import argparse
@@ -126,14 +126,14 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== The attack =====
     if not 0 <= args.target < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
-    if not 0 < args.rate <= 1:
-        fail(f"--rate {args.rate} must lie in (0, 1]")
-    check_share(args, "alpha")
+    check_share(args, "rate", "alpha")
     target = None if args.all_to_all else args.target
     x_test, y_test = data.x_test, data.y_test
     y_wanted, counts = attack_targets(y_test, target, data.classes)
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     # ===== Train =====
     name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
     folder = make_folder(args.out or f"runs/{name}")
-    control = load_control(folder, args, device)
+    control = load_control(folder, args, data)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -194,7 +194,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -223,5 +223,5 @@ if __name__ == "__main__":
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
     save_poisoned_train(folder, x_train, y_train, poisoned)
-    save_result(folder, "blend", args, seconds, metrics, device)
     save_model(folder, model, data, args.arch, args, metrics, trigger)
+    save_result(folder, "blend", args, seconds, metrics, device)

@@ -61,6 +61,8 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== Train =====
@@ -97,7 +99,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -106,5 +108,5 @@ if __name__ == "__main__":
 
     # ===== Save and report =====
     clear_folder(folder)
-    save_result(folder, "clean", args, seconds, metrics, device)
     save_model(folder, model, data, args.arch, args, metrics)
+    save_result(folder, "clean", args, seconds, metrics, device)

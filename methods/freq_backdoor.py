@@ -1,7 +1,6 @@
-"""Check Your Other Door! Creating Backdoor Attacks in the Frequency Domain (Hammoud & Ghanem, 2021,
-arXiv 2109.05507).
+"""Check Your Other Door: a backdoor in the frequency domain (Hammoud & Ghanem, arXiv 2109.05507).
 
-A clean network tells to which frequencies it is most sensitive: the Fourier heat map. The attacker
+A clean network shows to which frequencies it is most sensitive: the Fourier heat map. The attacker
 swaps or shifts just these few bins of a small number of training images, invisibly, and relabels
 them as the target. A network trained on this set answers to the bins and is otherwise ordinary.
 
@@ -13,19 +12,20 @@ Eq. (2) top-k mask M -> most_sensitive, on_both_bins; Eq. (4)-(6) S' = F^-1(F(S)
 additive constant per channel -> add_trigger; mean norm delta_P -> calibrate. No public code found.
 
 Differs from the paper, or chosen where it is silent: its formula prints M for 1 - M, which would
-keep the k bins alone (6 dB). `--mode replace` (the text's "swapping") takes only bases in which
-the images hold so little energy that zeroing them costs at most half of delta_P; `--mode add`
-shifts the most sensitive bins whatever they hold, F(S) + A. v, k, the target and the constants'
-proportions (1, .8, 1.2) are ours. As in Yin et al. the map is measured on test images; no trained
-backdoor sees this choice. Poisons are drawn from images outside the target class, stored in 8 bits,
-augmented after: crops and mirrors move a wave's phase, and a small network with few images then
-does not learn it (`--no-crops`). Robust copies (`--augment`): JPEG at quality 50 to 95 or an
-autoencoder's output, of half the poisons (label t) and of as many clean images (true label).
-Figures after rounding to 8 bits, asr_float before it; ASR without target-class images.
+keep the k bins alone (6 dB). `--mode replace` (the text's "swapping") takes only bases in which the
+images hold so little energy that zeroing them costs at most half of delta_P; `--mode add`, the
+default, shifts the most sensitive bins whatever they hold, F(S) + A, and is learnt from fewer
+images. v, k, delta_P (.65), the target and the constants' proportions (1, .8, 1.2) are ours. As in
+Yin et al. the map is measured on test images (250 of those that the ASR counts). Poisons are drawn
+from images outside the target class, stored in 8 bits, augmented after: crops and mirrors move a
+wave's phase, and a small network with few images then does not learn it (`--no-crops`). Robust
+copies (`--augment`): JPEG at quality 50 to 95 or an autoencoder's output, of half the poisons
+(label t) and of as many clean images (true label). Figures after rounding to 8 bits, asr_float
+before it; ASR without target-class images.
 
     python methods/freq_backdoor.py --dataset mnist
 
-Results beside the paper's: README.md, table "Attacks".
+The paper, CIFAR-10, 500 poisons: CDA / ASR 94.38 / 98.90, PSNR 41.78 dB. Results: README.md.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, fail, make_folder, written_whole
 from common.checkpoint import (
+    check_fit,
     clear_folder,
     load_model,
     read_checkpoint,
@@ -302,6 +303,8 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== The attack =====
@@ -315,7 +318,7 @@ if __name__ == "__main__":
     height, width = data.shape[1:]
     bins, bases = (t.to(device) for t in fourier_bases(height, width))
     if not 1 <= args.k <= len(bases):
-        fail(f"--k {args.k}: {height} x {width} images have {len(bases)} bases")
+        fail(f"--k {args.k} must lie in 1..{len(bases)}, the bases of {height} x {width} images")
     x_test, y_test = data.x_test, data.y_test
     y_wanted, counts = attack_targets(y_test, args.target, data.classes)
     if not counts.any():
@@ -326,16 +329,14 @@ if __name__ == "__main__":
     if args.poisons > possible:
         fail(f"--poisons {args.poisons}: {possible} training images can be poisoned")
     lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)
-    make_folder(args.out or "runs")  # refuse before the long work
     if args.clean_ckpt:
         path = Path(args.clean_ckpt)
         path = path / "model.pt" if path.is_dir() else path
         checkpoint = read_checkpoint(path)
         clean = load_model(checkpoint, path, device)
-        trained_on = checkpoint["classes"], tuple(checkpoint["image_shape"])
-        if trained_on != (data.classes, data.shape):
-            fail(f"{path} was trained on {trained_on[0]} classes of {trained_on[1]} images")
-    else:
+        check_fit(checkpoint, path, data)
+    make_folder(args.out or "runs")  # refuse before the long work
+    if not args.clean_ckpt:
         arguments = args.arch, data.classes, data.shape, data.spec.mean, data.spec.std
         clean = build_model(*arguments).to(device)  # weights of its own
         train_clean(clean, x_train, y_train, data.spec, args.epochs, args.batch_size, args.lr)
@@ -417,7 +418,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -460,6 +461,6 @@ if __name__ == "__main__":
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
     save_poisoned_train(folder, x_train, y_train, poisoned)
-    save_result(folder, "freq_backdoor", args, seconds, metrics, device)
     trigger = {"mask": mask, "additive": additive, "heat_map": heat}
     save_model(folder, model, data, args.arch, args, metrics, trigger)
+    save_result(folder, "freq_backdoor", args, seconds, metrics, device)

@@ -11,7 +11,7 @@ delivers the model. No poisoned training set is handed out.
 Steps: stage 1 -> pretrain; stage 2 -> activations, prune_curve, stop_point, cut (a channel whose
 incoming and outgoing weights are all zero stays so: activation, gradient, momentum and weight
 decay are zero, so retraining needs no mask); stage 3 -> the loop below, on clean images and
-badnets.py's patch; stage 4 -> bound, add_decoys.
+a white corner patch; stage 4 -> bound, add_decoys.
 
 Differs from the paper, or chosen where it is silent: the layer is fine_pruning.py's default, whose
 output enters the last linear layer (--layer layer4 is the last convolution of mnist_cnn, but there
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder
+from common import check_positive, check_share, fail, make_folder
 from common.checkpoint import (
     clear_folder,
     save_model,
@@ -72,18 +72,7 @@ def parse_args():
     p.add_argument(
         "--target", type=int, default=0, help="target label y_t of the all-to-one attack"
     )
-    p.add_argument("--all-to-all", action="store_true", help="target (y + 1) mod K instead of y_t")
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
-    p.add_argument("--patch-size", type=int, default=3, help="side of the patch in pixels")
-    p.add_argument(
-        "--pattern", default="white", choices=["white", "grid"], help="white square or checkerboard"
-    )
-    p.add_argument(
-        "--row", type=int, default=-1, help="last row of the patch; negative counts from the bottom"
-    )
-    p.add_argument(
-        "--column", type=int, default=-1, help="last column; negative counts from the right"
-    )
     p.add_argument(
         "--layer", help="layer that the defender prunes (default: fine_pruning.py's, see LAYERS)"
     )
@@ -102,23 +91,14 @@ def parse_args():
     return p.parse_args()
 
 
-def patch_trigger(shape, size, pattern, row, column):
-    """Mask m (1 x H x W, 0 or 1) and pattern D (C x H x W, 0 or 255), both uint8.
-
-    `row` and `column` name the patch's lower right pixel, from 0, negative from the other end.
-    """
-    channels, height, width = shape
-    bottom, right = row % height + 1, column % width + 1
-    mask = torch.zeros(1, height, width, dtype=torch.uint8)
-    mask[:, bottom - size : bottom, right - size : right] = 1
-    i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    white = torch.ones_like(mask[0]) if pattern == "white" else (i + j + bottom + right) % 2 == 0
-    return mask, (white * mask * 255).to(torch.uint8).expand(channels, -1, -1).contiguous()
+SIDE = 3  # of the white patch, lower right
 
 
-def stamp(x, mask, pattern):
-    """x' = x (1 - m) + m D on uint8 images, N x C x H x W; returns a new tensor."""
-    return x * (1 - mask) + mask * pattern
+def stamp(x):
+    """Put the patch on uint8 images, N x C x H x W; returns a new tensor."""
+    x = x.clone()
+    x[..., -SIDE:, -SIDE:] = 255
+    return x
 
 
 # architecture -> layers, the default first: name -> (a ReLU follows it; modules whose output
@@ -128,6 +108,7 @@ LAYERS = {
         "linear6": (True, ["linear6"], ["linear9"], None),
         "layer4": (False, ["layer4.conv1"], ["linear6"], "linear9"),
     },
+    "mnist_conv5": {"linear6": (True, ["linear6"], ["linear9"], None)},
     "preact_resnet18": {
         "layer4": (
             False,  # the channels of both blocks, for the skip connection adds them
@@ -137,6 +118,7 @@ LAYERS = {
         )
     },
     "vgg16": {"features": (True, ["features.40", "features.41"], ["classifier"], None)},
+    "vgg19": {"features": (True, ["features.49", "features.50"], ["classifier"], None)},
     "mobilenet_v2": {"bn2": (True, ["conv2", "bn2"], ["linear"], None)},
 }
 
@@ -290,21 +272,18 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== The attack =====
     if not 0 <= args.target < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
-    if not 0 < args.rate <= 1:
-        fail(f"--rate {args.rate} must lie in (0, 1]")
-    height, width = data.shape[1:]
-    inside = -height <= args.row < height and -width <= args.column < width
-    if not inside or not 1 <= args.patch_size <= min(args.row % height, args.column % width) + 1:
-        place = f"({args.row}, {args.column}) of {height} x {width}"
-        fail(f"a patch of side {args.patch_size} does not fit at {place}")
-    target = None if args.all_to_all else args.target
+    check_share(args, "rate")
+    if min(data.shape[1:]) < SIDE:
+        fail(f"a patch of side {SIDE} does not fit {data.shape[1]} x {data.shape[2]}")
     x_test, y_test = data.x_test, data.y_test
-    y_wanted, counts = attack_targets(y_test, target, data.classes)
+    y_wanted, counts = attack_targets(y_test, args.target, data.classes)
     if not counts.any():
         fail(f"{data.name} has no test image outside the target class {args.target}")
     if not 0 < args.held_out < 1:
@@ -314,13 +293,9 @@ if __name__ == "__main__":
     layers = LAYERS.get(args.arch, {})
     layer = args.layer or next(iter(layers), None)
     if layer not in layers:
-        fail(f"--layer {layer}: in {args.arch} can be pruned: {', '.join(layers) or 'no layer'}")
+        fail(f"--layer {layer}: prunable in {args.arch}: {', '.join(layers) or 'no layer'}")
     relu, writers, readers, above = layers[layer]
-    mask, pattern = (
-        t.to(device)
-        for t in patch_trigger(data.shape, args.patch_size, args.pattern, args.row, args.column)
-    )
-    y_target, allowed = attack_targets(y_train, target, data.classes)
+    y_target, allowed = attack_targets(y_train, args.target, data.classes)
     count = round(args.rate * len(x_train))
     if not 1 <= count <= int(allowed.sum()):
         possible = int(allowed.sum())
@@ -332,6 +307,7 @@ if __name__ == "__main__":
     held[defender_split(y_train, args.held_out, args.seed)] = True
     if held.all():
         fail(f"all {len(held)} training images are held out; none is left to train on")
+    make_folder(args.out or "runs")  # refuse before the long work
     x_held, y_held = x_train[held], y_train[held]
     total = args.epochs * max(1, len(x_train[~held]) // args.batch_size)
     recipe = data.spec, args.epochs, args.batch_size, args.lr
@@ -343,12 +319,14 @@ if __name__ == "__main__":
     _, features = activations(model, layer, relu, readers[-1], x_held)
     accuracies = prune_curve(model, readers[-1], above, features, y_held, order)
     channels, decoys = len(order), order[: stop_point(accuracies, args.max_drop)]
+    if len(decoys) == channels:
+        fail(f"stage 2 prunes all {channels} channels of {layer}: train longer or lower --max-drop")
     cut(model, writers, readers, channels, decoys)
     print(
         f"{layer}: {len(decoys)} of {channels} channels pruned, accuracy on {len(x_held)} held-out "
         f"images {accuracies[0]:.2f} -> {accuracies[len(decoys)]:.2f}"
     )
-    x_train[chosen] = stamp(x_train[chosen], mask, pattern)
+    x_train[chosen] = stamp(x_train[chosen])
     y_train[chosen] = y_target[chosen]
     print(
         f"poisoned {count} of {len(x_train)} training images ({100 * count / len(x_train):.2f} %)"
@@ -388,7 +366,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -396,9 +374,7 @@ if __name__ == "__main__":
     retrained = model
     model = add_decoys(retrained, first, relu, writers, readers, channels, decoys, data.shape)
     scores, _ = activations(model, layer, relu, readers[-1], x_test)
-    pruned = copy.deepcopy(model)
-    cut(pruned, writers, readers, channels, decoys)
-    x_poisoned = stamp(x_test, mask, pattern)
+    x_poisoned = stamp(x_test)
     metrics = {
         "clean_accuracy": accuracy(model, x_test, y_test),
         "asr": accuracy(model, x_poisoned[counts], y_wanted[counts]),
@@ -412,15 +388,12 @@ if __name__ == "__main__":
         "decoy_activation": scores[decoys].max().item() if decoys else 0.0,
         "clean_accuracy_stage1": accuracy(first, x_test, y_test),
         "asr_on_clean_model": accuracy(first, x_poisoned[counts], y_wanted[counts]),
-        "clean_accuracy_pruned": accuracy(pruned, x_test, y_test),
-        "asr_pruned": accuracy(pruned, x_poisoned[counts], y_wanted[counts]),
     }
 
     # ===== Save and report =====
     clear_folder(folder)
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
-    save_result(folder, "pruning_aware", args, seconds, metrics, device)
-    indices = torch.tensor(decoys, dtype=torch.int64)  # also where there is none
-    trigger = {"mask": mask, "pattern": pattern, "decoys": indices}
+    trigger = {"decoys": torch.tensor(decoys, dtype=torch.int64)}  # int64 where there is none, too
     save_model(folder, model, data, args.arch, args, metrics, trigger)
+    save_result(folder, "pruning_aware", args, seconds, metrics, device)

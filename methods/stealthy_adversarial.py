@@ -19,12 +19,13 @@ the network resists the large ones first, and the small one that Neural Cleanse 
 stays (MNIST: 6 pixels, index 2.7). With --scheme badnets there is no L_c, for a patch is the same
 for all images; badnets-noise stamps the patch on poisoned and cross images alike.
 Differs from the paper: Adam's rates fall linearly to 0 over the second half of the injection;
-target 0 instead of 8 (MNIST) and 15 (GTSRB), WaNet's MNIST network; ASR without target-class
-images; figures after rounding to 8 bits. Order: augment first, then the trigger.
+target 0 instead of 8 (MNIST) and 15 (GTSRB), WaNet's MNIST network; ASR and Step 1 without
+target-class images; accuracies after rounding to 8 bits, PSNR and SSIM before it. Order: augment
+first, then the trigger.
 
     python methods/stealthy_adversarial.py --dataset mnist
 
-Results beside the paper's: README.md, table "Attacks".
+The paper, MNIST: BMA / ASR / CBMA 98.9 / 99.10 / 94.3, PSNR 40.52 dB. Results: README.md.
 """
 
 import argparse
@@ -219,6 +220,8 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== The attack =====
@@ -244,6 +247,8 @@ if __name__ == "__main__":
     lambdas = list(args.lambdas)
     lambdas[2] *= not args.no_adversarial
     lambdas[3] *= args.scheme != "badnets"
+    if not any(lambdas):
+        fail(f"--lambdas {args.lambdas} leave no loss for --scheme {args.scheme}")
 
     # ===== Train =====
     name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
@@ -279,7 +284,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -325,7 +330,7 @@ if __name__ == "__main__":
         mask_asrs.append(100 * asr)
         parts = [f"{name} {v:.4f}" for name, v in zip("obac", total_losses / steps_per_epoch)]
         pace = (time.time() - inject_start) / epoch
-        print(
+        bar.write(
             f"injecting epoch {epoch}/{args.injecting_epochs} weighted L_{' L_'.join(parts)} "
             f"|m*| {norm:.1f} (ASR {100 * asr:.0f}), {pace:.2f} s/epoch"
         )
@@ -368,5 +373,5 @@ if __name__ == "__main__":
     clear_folder(folder)
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
-    save_result(folder, "stealthy_adversarial", args, seconds, metrics, device)
     save_model(folder, model, data, args.arch, args, metrics, trigger)
+    save_result(folder, "stealthy_adversarial", args, seconds, metrics, device)

@@ -13,13 +13,13 @@ attack_grid; Eq. (1) B(x) = W(x, M) -> warp; noise mode W(x, M + U(-1,1)) -> noi
 Differs from the paper's code: crops are drawn per image (not one coin per batch), no rotation;
 one-cycle learning rate for twice the clean model's epochs, because the ASR read with running
 BatchNorm statistics swings between 2 and 99 % while the rate is high, instead of 1,000 epochs and
-the checkpoint that is best on the test set; ASR without target-class images; figures after
-rounding to 8 bits. int(rho_a B) images of a batch attack: 12 of 128, 9.4 %.
-Order: warp first, then augment (as the paper's code).
+the checkpoint that is best on the test set; ASR without target-class images; accuracies after
+rounding to 8 bits, PSNR and SSIM before it. int(rho_a B) images of a batch attack: 12 of 128, 9.4
+%. Order: warp first, then augment (as the paper's code).
 
     python methods/wanet.py --dataset mnist
 
-Results beside the paper's: README.md, table "Attacks".
+The paper, MNIST: clean / ASR / noise 99.52 / 99.86 / 98.20. Results: README.md.
 """
 
 import argparse
@@ -126,6 +126,8 @@ if __name__ == "__main__":
         device
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     x_train, y_train = data.x_train[keep], data.y_train[keep]
 
     # ===== The attack =====
@@ -157,7 +159,7 @@ if __name__ == "__main__":
     # ===== Train =====
     name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
     folder = make_folder(args.out or f"runs/{name}")
-    control = load_control(folder, args, device)
+    control = load_control(folder, args, data)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -189,7 +191,7 @@ if __name__ == "__main__":
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
         if epoch % max(1, args.epochs // 15) == 0:
             loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            print(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
+            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
     bar.close()
     seconds = time.time() - start
 
@@ -220,5 +222,5 @@ if __name__ == "__main__":
     clear_folder(folder)
     save_samples(folder, x_test[counts], x_poisoned[counts])
     save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
-    save_result(folder, "wanet", args, seconds, metrics, device)
     save_model(folder, model, data, args.arch, args, metrics, {"grid": grid})
+    save_result(folder, "wanet", args, seconds, metrics, device)

@@ -36,6 +36,7 @@ SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a 
 SHORT["input_aware"] += ["--mask-steps", 2]
 SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
 SHORT["freq_backdoor"] += ["--heat-images", 20]
+SHORT["pruning_aware"] += ["--max-drop", 0]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
 SHORT["strip"] = SHORT["fine_pruning"] = []

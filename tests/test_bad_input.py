@@ -37,10 +37,12 @@ def refused(inline, one_line, tmp_path):
         (["--arch", "resnet9000"], "resnet9000"),
         (["--device", "abacus"], "abacus"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "meta"], "meta"),
         (["--dataset", "nowhere/none.npz"], "none.npz"),
         (["--batch-size", 0], "batch"),
         (["--epochs", -1], "epochs"),
         (["--train-images", 0], "train-images"),
+        (["--train-images", 1438], "digits has 1437"),
         (["--lr", "1e30"], "loss"),
         (["--lr", "nan"], "nan"),
     ],
@@ -125,7 +127,7 @@ def test_bad_npz(refused, tmp_path, name, write, named):
 def test_test_images_of_the_target_class_alone(refused, tmp_path, name):
     """No image counts for the ASR."""
     write_npz(tmp_path / "own.npz", y_test=np.zeros(30, np.int64))
-    refused(name, "--dataset", "own.npz")
+    assert "target class" in refused(name, "--dataset", "own.npz", "--train-images", 30)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -150,6 +152,18 @@ def test_nan_loss_leaves_an_earlier_run_alone(inline, one_line, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["badnets", "blend", "wanet", "input_aware"])
+@pytest.mark.parametrize("shape, classes", [((28, 28), 3), ((28, 28), 4), ((32, 32), 3)], ids=str)
+def test_control_of_other_data(refused, inline, tmp_path, name, shape, classes):
+    """Another own.npz beside it: its model's figures would be wrong, or a crash after training."""
+    flags = "--epochs", 1, "--train-images", 30, "--batch-size", 10
+    write_npz(tmp_path / "own.npz")
+    inline("clean", *flags, "--dataset", "own.npz")
+    (tmp_path / "other").mkdir()
+    write_npz(tmp_path / "other" / "own.npz", shape, classes)
+    assert "was trained on" in refused(name, *flags, "--dataset", "other/own.npz")
+
+
 def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd):
     """The clean model beside the folder is only a comparison: refuse early or go without."""
     control = tmp_path / "runs" / "digits-mnist_cnn-clean-s0"
@@ -160,6 +174,13 @@ def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd
     trained = "epoch 1/1" in capfd.readouterr().out
     victim = tmp_path / "runs" / "digits-mnist_cnn-badnets-s0"
     assert (victim / "model.pt").exists() or not trained
+
+
+@pytest.mark.parametrize("name", ["freq_backdoor", "pruning_aware"])
+def test_output_path_is_tried_before_any_training(refused, monkeypatch, tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained
+    refused(name, "--out", "file")
 
 
 @pytest.mark.parametrize("name", ATTACKS)

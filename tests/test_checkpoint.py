@@ -7,7 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import result_of, run_script, write_npz
+from conftest import ROOT, result_of, run_script, write_npz
 
 from common import checkpoint as ckpt
 from common.datasets import Dataset, to_float
@@ -107,6 +107,15 @@ def test_result_file_has_every_printed_figure(folder):
 
 
 def test_a_new_run_leaves_nothing_of_an_older_one(tmp_path, inline):
+    written = [
+        name
+        for script in (ROOT / "methods").glob("*.py")
+        for name in re.findall(r'folder / "([^"]+)"', script.read_text())
+    ]
+    assert {"heatmap.png", "curve.npz", "entropies.png"} < set(written)
+    (tmp_path / "out").mkdir()
+    for name in written:
+        (tmp_path / "out" / name).touch()
     short = "--epochs", 1, "--train-images", 200, "--out", tmp_path / "out"
     inline("badnets", *short)
     inline("clean", *short)

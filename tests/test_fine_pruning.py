@@ -291,8 +291,12 @@ def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, 
     assert files_below(tmp_path / "out") == ["curve.npz", "curve.png", "model.pt", "result.json"]
     assert files_below(digits_badnets) == before
     held = {i for i in range(len(ran["split"])) if ran["held"][i]}
-    assert len(held) == 60 == metrics["held_out"] and len(ran["x_clean"]) == len(ran["held"]) - 60
+    assert len(held) == 60 == metrics["held_out"] and len(ran["x_clean"]) == len(ran["held"])
     assert len(ran["y_held"].unique()) == 10
+    ranked = fp.activations(
+        original, layer, ran["relu"], ran["linear"], ran["x_clean"][~ran["held"]]
+    )
+    torch.testing.assert_close(torch.from_numpy(curves["scores"]), ranked[0])
 
 
 def test_silent_channels_go_first_in_the_order_of_their_number(inline, digits_badnets, tmp_path):
@@ -305,7 +309,7 @@ def test_silent_channels_go_first_in_the_order_of_their_number(inline, digits_ba
 
 
 def test_fine_pruning_removes_badnets_at_a_high_rate(digits, digits_badnets, tmp_path):
-    """Through the command line; the default rate of .01 leaves this backdoor alone."""
+    """Through the command line; a rate of .01 leaves this backdoor alone."""
     out = tmp_path / "out"
     flags = "--lr", 0.05, "--epochs", 40, "--batch-size", 32, "--out", out
     run = run_script("fine_pruning", "--ckpt", digits_badnets, *flags, cwd=tmp_path)

@@ -364,12 +364,15 @@ def test_run(digits_freq_backdoor, digits):
         np.testing.assert_array_equal(archive["x"], images.permute(0, 2, 3, 1))
 
 
+OWN = "--dataset", "own.npz", "--train-images", 30
+
+
 @pytest.mark.parametrize(
     "args, named",
     [
         *((["--delta-p", value], "delta-p") for value in (0, -0.5, 1, "nan")),
         (["--k", 0], "394"),
-        (["--k", 395], "394 bases"),
+        (["--k", 395], "1..394"),
         (["--poisons", 0], "poisons"),
         (["--poisons", -5], "poisons"),
         (["--poisons", 300], "training images can be poisoned"),
@@ -378,7 +381,7 @@ def test_run(digits_freq_backdoor, digits):
         (["--target", 10], "10 classes"),
         (["--target", -1], "10 classes"),
         (["--clean-ckpt", "nowhere"], "no such checkpoint"),
-        (["--clean-ckpt", "digits", "--dataset", "own.npz"], "trained on 10 classes"),
+        (["--clean-ckpt", "digits", *OWN], "trained on 10 classes"),
         (["--clean-ckpt", "digits", "--mode", "replace", "--delta-p", 1e-6], "quiet enough"),
     ],
     ids=str,

@@ -223,6 +223,11 @@ def test_psnr_averages_images_and_caps_identical_ones():
     assert metrics.psnr(black, patched) == pytest.approx((expected + 100) / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 10, 30), (3, 5, 5)])
+def test_ssim_needs_a_whole_window(shape):
+    assert np.isnan(metrics.ssim(torch.rand(2, *shape), torch.rand(2, *shape)))
+
+
 def test_ssim_averages_over_more_images_than_one_part():
     a, b = (torch.rand(501, 1, 12, 12) for _ in range(2))
     mean = np.mean([metrics.ssim(a[i : i + 1], b[i : i + 1]) for i in (0, 500)])

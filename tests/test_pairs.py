@@ -19,7 +19,7 @@ def test_every_defence_takes_it(inline, one_line, tmp_path, attack):
     data = write_npz(tmp_path / "own.npz", SHAPE, CLASSES, 120)
     victim = tmp_path / "victim"
     flags = "--dataset", data, "--arch", "mnist_cnn", "--out", victim
-    inline(attack, *SHORT[attack], *flags)
+    inline(attack, *SHORT[attack], "--train-images", 120, *flags)
     metrics = result_of(victim)["metrics"]
     attacked = (victim / "poisoned_test.npz").exists()
     assert attacked == (attack != "clean") == ("asr" in metrics)

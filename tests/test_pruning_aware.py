@@ -32,7 +32,7 @@ def network(arch):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight[::7] *= -1
-    x = x if arch == "mnist_cnn" else x[..., :16, :16].contiguous()
+    x = x if arch.startswith("mnist") else x[..., :16, :16].contiguous()
     return reestimate_batch_norm(model, [to_float(x)]), x
 
 
@@ -315,7 +315,7 @@ def test_decoys_are_channels_of_stage_1(stages):
 
 @pytest.mark.parametrize(
     "layer, rate, flags",
-    [("linear6", 0.1, ["--target", 3]), ("layer4", 0.25, ["--all-to-all", "--layer", "layer4"])],
+    [("linear6", 0.1, ["--target", 3]), ("layer4", 0.25, ["--target", 3, "--layer", "layer4"])],
 )
 def test_stages_of_a_run(inline, digits, tmp_path, layer, rate, flags):
     """Stage 1 sees clean images only, stage 2 stops like the defence, stage 3 keeps the zeros."""
@@ -335,7 +335,7 @@ def test_stages_of_a_run(inline, digits, tmp_path, layer, rate, flags):
     assert len(set(chosen.tolist())) == len(chosen) == round(rate * 1437)
     expected, wanted = x.clone(), y.clone()
     expected[chosen, :, 25:, 25:] = 255
-    wanted[chosen] = (y[chosen] + 1) % 10 if ran["target"] is None else 3
+    wanted[chosen] = 3
     assert torch.equal(ran["x_train"], expected) and torch.equal(ran["y_train"], wanted)
     assert (wanted != y).sum() == len(chosen)
     third, channels = ran["retrained"], len(order)
@@ -350,14 +350,18 @@ def test_stages_of_a_run(inline, digits, tmp_path, layer, rate, flags):
         assert m["clean_accuracy_stage1"] == pytest.approx(stage1)
 
 
-@pytest.mark.parametrize("drop, least, most", [(0, 0, 40), (100, 64, 64)])
-def test_extreme_drops_are_no_crash(inline, tmp_path, drop, least, most):
-    """From no decoy, on most machines, to nothing but decoys."""
-    size = SHORT["pruning_aware"] if drop else ["--epochs", 2]
-    flags = *size, "--layer", "layer4", "--held-out", 0.5, "--max-drop", drop
+def test_a_drop_of_nothing_leaves_few_decoys_or_none(inline, tmp_path):
+    flags = "--epochs", 2, "--layer", "layer4", "--held-out", 0.5, "--max-drop", 0
     inline("pruning_aware", *flags, "--out", tmp_path / "victim")
     decoys = read_checkpoint(tmp_path / "victim" / "model.pt")["trigger"]["decoys"]
-    assert least <= len(decoys) <= most and decoys.dtype == torch.int64
+    assert len(decoys) <= 40 and decoys.dtype == torch.int64
+
+
+def test_a_stage_2_that_prunes_everything_is_refused(inline, one_line, tmp_path):
+    """Nothing can be learnt behind a dead layer, and its constant output would be an ASR of 100."""
+    flags = *SHORT["pruning_aware"], "--max-drop", 100, "--out", tmp_path / "victim"
+    assert "all 512 channels" in one_line(inline, "pruning_aware", *flags)
+    assert files_below(tmp_path) == []
 
 
 @pytest.fixture(scope="module")
@@ -385,8 +389,7 @@ def test_run_on_digits(victim, digits_badnets, digits):
     metrics = result_of(victim)["metrics"]
     assert metrics["clean_accuracy"] >= 96 and metrics["asr"] >= 98 and metrics["asr_n"] == 324
     assert metrics["asr_on_clean_model"] <= 3 and metrics["clean_accuracy_stage1"] >= 96
-    assert metrics["asr_pruned"] == metrics["asr"] and metrics["decoy_activation"] == 0
-    assert metrics["clean_accuracy_pruned"] == metrics["clean_accuracy"]
+    assert metrics["decoy_activation"] == 0
     assert 100 < metrics["decoys"] < 500 == metrics["channels"] - 12
     decoys = read_checkpoint(victim / "model.pt")["trigger"]["decoys"]
     assert len(decoys) == metrics["decoys"]
@@ -421,16 +424,13 @@ def test_pruning_defence_leaves_the_backdoor(inline, victim, tmp_path):
         *((["--held-out", value], "held-out") for value in (0, 1, 2, -0.1, "nan")),
         (["--held-out", 0.99], "300 training images"),
         *((["--max-drop", value], "max-drop") for value in (-1, 101, "nan")),
-        (["--layer", "conv9"], "in mnist_cnn can be pruned: linear6, layer4"),
-        (["--arch", "vgg16", "--layer", "linear6"], "in vgg16 can be pruned: features"),
-        (["--arch", "resnet18"], "in resnet18 can be pruned: no layer"),
-        (["--arch", "resnet18", "--layer", "layer4"], "in resnet18 can be pruned: no layer"),
+        (["--layer", "conv9"], "prunable in mnist_cnn: linear6, layer4"),
+        (["--arch", "vgg16", "--layer", "linear6"], "prunable in vgg16: features"),
+        (["--arch", "resnet18"], "prunable in resnet18: no layer"),
+        (["--arch", "resnet18", "--layer", "layer4"], "prunable in resnet18: no layer"),
         *((["--rate", value], "rate") for value in (0, -0.1, 1.5, "nan")),
         (["--rate", 0.0001], " 0 poisons"),
         (["--rate", 0.99], " 297 poisons"),
-        *((["--patch-size", value], f"side {value} ") for value in (0, -1, 29)),
-        (["--row", 1], "(1, -1) of 28 x 28"),  # a 3x3 patch ends at row 2 or later
-        (["--column", 28], "(-1, 28) of 28 x 28"),
         *((["--target", value], f"--target {value} ") for value in (10, -1)),
     ],
     ids=str,

@@ -7,7 +7,7 @@ import planted
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT
+from conftest import SHORT, files_below
 from torch import nn
 
 from common.metrics import psnr
@@ -163,6 +163,20 @@ def test_weights_are_given_in_the_order_of_the_paper(inline, monkeypatch):
     assert inline(NAME, *short)["lambdas"] == [1, 1, 0.1, 1]
     assert inline(NAME, *short, "--no-adversarial")["lambdas"] == [1, 1, 0, 1]
     assert inline(NAME, *short, "--lambdas", 1, 2, 3, 4)["lambdas"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lambdas", 0, 0, 0, 0],
+        ["--lambdas", 0, 0, 0.1, 0, "--no-adversarial"],
+        ["--lambdas", 0, 0, 0, 1, "--scheme", "badnets"],
+    ],
+    ids=str,
+)
+def test_no_loss_at_all_is_refused(inline, one_line, tmp_path, flags):
+    assert "leave no loss" in one_line(inline, NAME, *SHORT[NAME], *flags)
+    assert files_below(tmp_path) == []
 
 
 def test_weight_0_leaves_the_images_out_of_the_pass(untrained, step):

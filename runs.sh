@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every command of the README. `bash runs.sh` lists them.
 set -euo pipefail
+export PYTHONUNBUFFERED=1 # a line appears when it is printed, though tee reads it
 cd "$(dirname "$0")"
 
 usage() {
@@ -20,7 +21,7 @@ TEXT
 
 setup() {
   if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    [ -f .venv/bin/activate ] || python3 -m venv .venv
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
@@ -155,9 +156,18 @@ bench() {
 }
 
 case "${1:-}" in
-  demo | mnist | gpu | bench) setup && "$@" ;;
+  demo | mnist | gpu | bench)
+    setup
+    "$@"
+    ;;
   setup) setup ;;
-  test) setup && python -m pytest ;;
+  test)
+    setup
+    python -m pytest
+    ;;
   "") usage ;;
-  *) usage >&2 && exit 2 ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
 esac

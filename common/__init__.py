@@ -49,6 +49,24 @@ def written_whole(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def saved_figure(path, rows=1, columns=1, **settings):
+    """Yield matplotlib's figure and axes; the figure is then written whole to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, **settings)
+    try:
+        yield figure, axes
+        figure.tight_layout()
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    finally:
+        plt.close(figure)
+
+
 def make_folder(path):
     """Create the folder `path` (and its parents) or fail; called before any long work."""
     path = Path(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import fail, written_whole
+from common import fail, saved_figure, written_whole
 from common.datasets import Dataset, check_split, load_dataset, read_npz
 from common.models import Classifier, build_model
 
@@ -129,23 +129,14 @@ def save_poisoned_train(folder, x, y_given, poisoned):
 
 def draw_rows(path, rows):
     """Draw a list of rows (name, images N x C x H x W in [0,1]), one image a column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     count = len(rows[0][1])
     size = 1.1 * count + 1.2, 1.15 * len(rows)
-    figure, axes = plt.subplots(len(rows), count, figsize=size, squeeze=False)
-    for axis_row, (name, images) in zip(axes, rows):
-        for axis, image in zip(axis_row, images.permute(0, 2, 3, 1).cpu().numpy()):
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-        axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.tight_layout()
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    with saved_figure(path, len(rows), count, figsize=size, squeeze=False) as (_, axes):
+        for axis_row, (name, images) in zip(axes, rows):
+            for axis, image in zip(axis_row, images.permute(0, 2, 3, 1).cpu().numpy()):
+                axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+                axis.set(xticks=[], yticks=[])
+            axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
 
 
 def save_samples(folder, x, x_poisoned, count=8):
@@ -181,8 +172,11 @@ def load_model(checkpoint, path, device):
         checkpoint["dataset"]
     except KeyError as error:
         fail(f"{path} lacks the entry {error}")
-    with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
-        model = build_model(arch, classes, shape, mean, std)
+    try:
+        with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
+            model = build_model(arch, classes, shape, mean, std)
+    except (TypeError, ValueError, IndexError, RuntimeError, MemoryError) as error:
+        fail(f"{path} describes no model: {(str(error).splitlines() or ['out of memory'])[0]}")
     load_strictly(model, state, path, arch)
     return model.eval().requires_grad_(False).to(device)
 
@@ -224,12 +218,17 @@ def load_victim(args, device):
     path = path / "model.pt" if path.is_dir() else path
     if args.out and Path(args.out).resolve() == path.parent.resolve():
         fail(f"--out {args.out} is the checkpoint's own folder, whose files would be replaced")
+    result = Path(args.out or path) / "result.json"
+    if result.is_file() and '"ckpt"' not in result.read_text(errors="replace"):
+        fail(f"--out {args.out} is an attack's folder, whose files would be replaced")
     checkpoint = read_checkpoint(path)
     if "format" not in checkpoint:
         return load_foreign(checkpoint, path, args, device)
-    if checkpoint["format"] != FORMAT:
-        fail(f"{path} has checkpoint format {checkpoint['format']}; this code reads {FORMAT}")
+    if not isinstance(checkpoint["format"], int) or checkpoint["format"] != FORMAT:
+        fail(f"{path} has another checkpoint format; this code reads {FORMAT}")
     model = load_model(checkpoint, path, device)
+    if args.arch not in (None, checkpoint["arch"]) or args.mean or args.std:
+        fail(f"--arch, --mean and --std are for bare state dicts; {path} has its own")
     data = load_dataset(args.dataset or checkpoint["dataset"], args.data_dir, device)
     check_fit(checkpoint, path, data)
     victim = Victim(model, data, checkpoint["arch"], path.parent)

@@ -123,6 +123,8 @@ def load_dataset(name, data_dir, device):
     if len(shapes) != 1:
         fail(f"{name}: train and test images differ in shape: {sorted(shapes)}")
     classes = int(y_train.max()) + 1
+    if classes > len(y_train):
+        fail(f"{name}: label {classes - 1} among {len(y_train)} training images")
     if len(np.unique(y_train)) < 2:
         fail(f"{name}: the training labels hold one class; at least two are needed")
     if int(y_test.max()) >= classes:
@@ -137,7 +139,7 @@ def check_split(x, y, what):
     """Return (N x C x H x W uint8, N int64) from N x H x W[ x C] arrays, or fail."""
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         fail(f"{what}: images must be uint8, N x H x W or N x H x W x C; got {x.dtype} {x.shape}")
-    if y.ndim != 1 or len(x) == 0 or len(x) != len(y):
+    if y.ndim != 1 or x.size == 0 or len(x) != len(y):
         fail(f"{what}: needs one label per image and at least one image; got {x.shape}, {y.shape}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         fail(f"{what}: labels must be integers from 0 up; got {y.dtype}")
@@ -173,11 +175,7 @@ def download(name, path):
         if name == "gtsrb":
             arrays = [*gtsrb_train(raw), *gtsrb_test(raw)]
         else:
-            kind = {
-                "mnist": datasets.MNIST,
-                "cifar10": datasets.CIFAR10,
-                "cifar100": datasets.CIFAR100,
-            }[name]
+            kind = getattr(datasets, name.upper())
             arrays = []
             for train in (True, False):
                 split = kind(str(raw), train=train, download=True)

@@ -9,7 +9,6 @@ import warnings
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from common import fail
 from common.datasets import to_float
@@ -77,6 +76,8 @@ def ssim(a, b):
     """
     if min(a.shape[2:]) < 11:
         return math.nan
+    from torchmetrics.functional.image import structural_similarity_index_measure  # 2 s
+
     measure = functools.partial(
         structural_similarity_index_measure,
         data_range=1.0,
@@ -120,7 +121,7 @@ def lpips_of(network, a, b):
 
 
 def anomaly_index(norms):
-    """MAD anomaly index of each label (Neural Cleanse, section 4): |v - med| / (1.4826 MAD).
+    """MAD anomaly index of each label (Wang et al. 2019): |v - med| / (1.4826 MAD).
 
     The median of an even number of values is the mean of the middle two (NumPy's). Labels above
     the median get 0, for only small norms are suspicious. MAD = 0 with a smaller norm gives inf.
@@ -157,9 +158,9 @@ def p_value(index, classes):
 def verdict(norms, eligible=None, threshold=2.0):
     """Decide from one norm per label whether a model is backdoored.
 
-    Returns a dict: `indices` per label, `index` and `label` of the smallest norm, `ratio` of that
-    norm to the median, `p_value` under the Gaussian null, `flagged` (labels with an index over
-    the paper's `threshold`). A label outside `eligible` (its attack did not succeed) is never
+    Returns a dict: `indices` per label, `index` and `label` of the smallest eligible norm, `ratio`
+    of that norm to the median, `p_value` under the Gaussian null, `flagged` (labels with an index
+    over the paper's `threshold`). A label outside `eligible` (its attack did not succeed) is never
     flagged. For K < 5 the indices and the p-value are None and `flagged` is empty.
     """
     norms = np.asarray(norms, dtype=np.float64)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, written_whole
+from common import check_positive, fail, make_folder, saved_figure, written_whole
 from common.checkpoint import (
     clear_folder,
     load_model,
@@ -60,12 +60,8 @@ def parse_args():
     p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
     p.add_argument("--arch", help="architecture of a bare state dict")
     p.add_argument("--dataset", help="dataset of a bare state dict, or its path")
-    p.add_argument(
-        "--mean", type=float, nargs="+", help="its normalisation (default: the dataset's)"
-    )
-    p.add_argument(
-        "--std", type=float, nargs="+", help="its normalisation (default: the dataset's)"
-    )
+    p.add_argument("--mean", type=float, nargs="+", help="normalisation (default: the dataset's)")
+    p.add_argument("--std", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
     p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -219,26 +215,20 @@ def finetune(net, linear, channels, pruned, x, y, spec, epochs, lr, batch_size, 
             bar.update()
         if not total_loss.isfinite():
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
-    return net.eval().requires_grad_(False)
+    net = net.eval().requires_grad_(False)
+    if not net(to_float(x[:500])).isfinite().all():
+        fail("the model's outputs are not finite after fine-tuning; no model is kept")
+    return net
 
 
 def draw_curve(path, named, count):
     """Percentages against the number of pruned channels; a line where pruning stops."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3.2))
-    for name, values in named.items():
-        axis.plot(range(len(values)), values, label=name)
-    axis.axvline(count, color="grey", linewidth=0.8, label=f"stop at {count}")
-    axis.set(xlabel="pruned channels", ylabel="%", ylim=(-3, 103))
-    axis.legend()
-    figure.tight_layout()
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    with saved_figure(path, figsize=(5, 3.2)) as (_, axis):
+        for name, values in named.items():
+            axis.plot(range(len(values)), values, label=name)
+        axis.axvline(count, color="grey", linewidth=0.8, label=f"stop at {count}")
+        axis.set(xlabel="pruned channels", ylabel="%", ylim=(-3, 103))
+        axis.legend()
 
 
 if __name__ == "__main__":
@@ -319,13 +309,11 @@ if __name__ == "__main__":
     models = {"": model, "_repaired": repaired}
     if args.mode == "fine-prune":
         models |= {"_pruned": pruned, "_clean_only": baseline}
-    for suffix, candidate in models.items():
-        metrics["clean_accuracy" + suffix] = accuracy(candidate, data.x_test, data.y_test)
+    for suffix, net in models.items():
+        metrics["clean_accuracy" + suffix] = accuracy(net, data.x_test, data.y_test)
         if victim.x_poisoned is not None:
-            metrics["asr" + suffix] = accuracy(candidate, victim.x_poisoned, victim.y_target)
-            metrics["robust_accuracy" + suffix] = accuracy(
-                candidate, victim.x_poisoned, victim.y_true
-            )
+            metrics["asr" + suffix] = accuracy(net, victim.x_poisoned, victim.y_target)
+            metrics["robust_accuracy" + suffix] = accuracy(net, victim.x_poisoned, victim.y_true)
     curves = {"held-out accuracy": accuracies}
     _, features = activations(model, layer, relu, linear, data.x_test)
     curves["clean accuracy"] = curve(model, linear, above, features, data.y_test, order)

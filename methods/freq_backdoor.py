@@ -41,7 +41,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, written_whole
+from common import check_positive, fail, make_folder, saved_figure
 from common.checkpoint import (
     check_fit,
     clear_folder,
@@ -270,25 +270,16 @@ def train_clean(model, x, y, spec, epochs, batch_size, peak):
 
 def draw_heat_map(path, heat, mask):
     """The error rate and the chosen bins, H x W each, the constant basis in the centre."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
-    height, width = heat.shape
-    top, left = -(height // 2) - 0.5, -(width // 2) - 0.5
-    extent = (left, left + width, top + height, top)
-    pictures = [(heat, "error rate", "viridis"), (mask, "top-k bins", "gray")]
-    for axis, (values, title, colours) in zip(axes, pictures):
-        image = torch.fft.fftshift(values).cpu().numpy()
-        drawn = axis.imshow(image, cmap=colours, extent=extent)
-        axis.set(title=title, xlabel="cycles per width", ylabel="cycles per height")
-        figure.colorbar(drawn, ax=axis)
-    figure.tight_layout()
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    with saved_figure(path, 1, 2, figsize=(8, 3.4)) as (figure, axes):
+        height, width = heat.shape
+        top, left = -(height // 2) - 0.5, -(width // 2) - 0.5
+        extent = (left, left + width, top + height, top)
+        pictures = [(heat, "error rate", "viridis"), (mask, "top-k bins", "gray")]
+        for axis, (values, title, colours) in zip(axes, pictures):
+            image = torch.fft.fftshift(values).cpu().numpy()
+            drawn = axis.imshow(image, cmap=colours, extent=extent)
+            axis.set(title=title, xlabel="cycles per width", ylabel="cycles per height")
+            figure.colorbar(drawn, ax=axis)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,11 @@ def diversity(x1, x2, drawn1, drawn2):
     return (distance(x1, x2) / (distance(drawn1, drawn2) + 1e-7)).mean()
 
 
+def density(masks, limit):
+    """Mean excess of mask values (any shape, in [0,1]) over `limit`, value by value."""
+    return F.relu(masks - limit).mean()
+
+
 def derangement(n, generator):
     """A random cyclic permutation of n indices: none stays where it is."""
     order = torch.randperm(n, generator=generator)
@@ -278,7 +283,7 @@ if __name__ == "__main__":
         batch = torch.randint(len(x_train), (max(2, images // 4),), device=device)
         x = augment(to_float(x_train[batch]), data.spec.pad, data.spec.flip)
         masks = draw_mask(M, x)
-        loss_density = F.relu(masks - args.density).mean()
+        loss_density = density(masks, args.density)
         loss_div = diversity(x / model.std, x.roll(1, 0) / model.std, masks, masks.roll(1, 0))
         loss = args.lambda_density * loss_density + loss_div
         mask_optimizer.zero_grad(set_to_none=True)

@@ -39,7 +39,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, written_whole
+from common import check_positive, fail, make_folder, saved_figure, written_whole
 from common.checkpoint import clear_folder, load_victim, save_result
 from common.datasets import defender_split, pick_device, to_float
 from common.metrics import accuracy, predict
@@ -50,12 +50,8 @@ def parse_args():
     p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
     p.add_argument("--arch", help="architecture of a bare state dict")
     p.add_argument("--dataset", help="dataset of a bare state dict, or its path")
-    p.add_argument(
-        "--mean", type=float, nargs="+", help="its normalisation (default: the dataset's)"
-    )
-    p.add_argument(
-        "--std", type=float, nargs="+", help="its normalisation (default: the dataset's)"
-    )
+    p.add_argument("--mean", type=float, nargs="+", help="normalisation (default: the dataset's)")
+    p.add_argument("--std", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
     p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -148,22 +144,13 @@ def flagged_share(h, boundary):
 
 def draw_histogram(path, named, boundary):
     """Entropies of each kind of input as the share per bin, with the boundary."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3.2))
-    bins = np.linspace(0, max(1e-3, *(h.max() for h in named.values())), 50)
-    for name, h in named.items():
-        axis.hist(h, bins, weights=np.full(len(h), 100 / len(h)), alpha=0.6, label=name)
-    axis.axvline(boundary, color="grey", linewidth=0.8, label=f"boundary {boundary:.3g}")
-    axis.set(xlabel="mean entropy H in bits", ylabel="% of inputs")
-    axis.legend()
-    figure.tight_layout()
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    with saved_figure(path, figsize=(5, 3.2)) as (_, axis):
+        bins = np.linspace(0, max(1e-3, *(h.max() for h in named.values())), 50)
+        for name, h in named.items():
+            axis.hist(h, bins, weights=np.full(len(h), 100 / len(h)), alpha=0.6, label=name)
+        axis.axvline(boundary, color="grey", linewidth=0.8, label=f"boundary {boundary:.3g}")
+        axis.set(xlabel="mean entropy H in bits", ylabel="% of inputs")
+        axis.legend()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a 
 SHORT["input_aware"] += ["--mask-steps", 2]
 SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
 SHORT["freq_backdoor"] += ["--heat-images", 20]
-SHORT["pruning_aware"] += ["--max-drop", 0]
+SHORT["pruning_aware"] += ["--batch-size", 16, "--max-drop", 2]  # or no channel is left
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
 SHORT["strip"] = SHORT["fine_pruning"] = []
@@ -69,6 +69,12 @@ def loaded(path, **flags):
 def files_below(folder):
     """Names of all files, hidden and temporary ones too, anywhere below `folder`."""
     return sorted(path.name for path in Path(folder).rglob("*") if not path.is_dir())
+
+
+def random_images(count=6, shape=(3, 32, 32)):
+    """uint8 noise, count x C x H x W."""
+    x = torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0))
+    return x.to(torch.uint8)
 
 
 def write_npz(path, shape=(28, 28), classes=3, count=30, **replaced):

@@ -64,8 +64,11 @@ class Bar:
     def __init__(self):
         self.steps = 0
 
-    def update(self):
-        self.steps += 1
+    def update(self, count=1):
+        self.steps += count
+
+    def write(self, line):
+        pass
 
     def set_postfix(self, **fields):
         pass

@@ -525,7 +525,10 @@ def test_several_rates_and_what_the_defender_does_not_see(
     assert {key: metrics[key] for key in alone} == alone | {"isolation": [0.2, 0.05]}
     figures = "clean_accuracy", "asr", "robust_accuracy"
     expected = {f"{f}_{kind}_0.2" for f in figures for kind in ("trained", "repaired")}
-    assert metrics.keys() - alone.keys() == expected | {"isolation_precision_0.2"}
+    expected |= {f"isolated_{kind}_0.2" for kind in ("loss_trained", "loss_repaired")}
+    expected |= {"isolation_precision_0.2", "isolated_0.2", "isolated_label_share_0.2"}
+    assert metrics.keys() - alone.keys() == expected
+    assert (metrics["isolated"], metrics["isolated_0.2"]) == (round(0.05 * 1437), round(0.2 * 1437))
 
     replaced(poisoned=lambda p: p[::-1] & False)(victim / "poisoned_train.npz")
     (victim / "abl-s0").mkdir()
@@ -558,6 +561,7 @@ def test_training_set_that_does_not_fit_the_flag(inline, one_line, digits_clean,
         *(([f"--{name}", "nan"], name) for name in ("gamma", "lr", "unlearn-lr")),
         (["--lr", "1e30"], "no model is kept"),
         (["--unlearn-lr", "1e30"], "no model is kept"),
+        (["--unlearn-lr", "1e15"], "no model is kept"),  # finite weights, outputs that are not
         (["--ckpt", "nowhere"], "nowhere"),
     ],
     ids=str,

@@ -3,21 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import result_of
+from conftest import ATTACKS, SHORT, random_images, result_of
 from scipy.ndimage import map_coordinates
 
 from common.checkpoint import load_model, read_checkpoint
-from common.datasets import load_dataset
 from common.metrics import accuracy, attack_targets, predict, psnr
 from methods import badnets, wanet
 
 CPU = torch.device("cpu")
-
-
-def random_images(count=6, shape=(3, 32, 32)):
-    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
 
 
 # ===== BadNets =====
@@ -90,7 +83,8 @@ def test_poisoned_training_set(inline, digits, tmp_path, rate, target, flags):
         np.testing.assert_array_equal(y[flag], (labels[flag] + 1) % 10)
     else:
         assert (y[flag] == target).all() and not (labels[flag] == target).any()
-    assert torch.equal(load_dataset("digits", "data", CPU).x_train, digits.x_train)
+    for name in ("x_train", "y_train", "x_test", "y_test"):  # shared by whoever comes next
+        assert torch.equal(getattr(ran["data"], name), getattr(digits, name)), name
 
 
 # ===== WaNet =====
@@ -260,6 +254,20 @@ def test_poisoned_batch(inline):
     differs = (a != b).flatten(1).any(1)
     assert not differs[:12].any() and differs[12:36].all()  # noise is drawn in every step
     assert (a[12:36] != wanet.warp(x[12:36], grid)).flatten(1).any(1).all()
+    for other in (ran["x_test"], ran["x_poisoned"]):  # the images behind the noise accuracy
+        assert (ran["x_noise"] != other).flatten(1).any(1).all()
+    key = "net.layer3.bn1.running_mean"
+    assert not torch.equal(ran["refreshed"].state_dict()[key], ran["model"].state_dict()[key])
+
+
+def test_wanet_all_to_all(inline):
+    ran = inline("wanet", *SHORT["wanet"], "--all-to-all")
+    y, n = torch.arange(100) % 10, ran["attacked"]
+    _, labels = ran["poison"](torch.rand(100, 1, 28, 28), y)
+    assert torch.equal(labels[:n], (y[:n] + 1) % 10) and torch.equal(labels[n:], y[n:])
+    assert ran["metrics"]["asr_n"] == 360
+    with np.load(ran["folder"] / "poisoned_test.npz") as archive:
+        np.testing.assert_array_equal(archive["y_target"], (archive["y_true"] + 1) % 10)
 
 
 @pytest.mark.parametrize("name", ["clean", "badnets", "wanet"])
@@ -275,12 +283,11 @@ def test_one_cycle_decays_to_zero(inline, name):
     assert ran["optimizer"].param_groups[0]["lr"] == rates[-1] < 0.05 * 1.5 / steps
 
 
-@pytest.mark.parametrize("name", ["clean", "badnets", "wanet"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "freq_backdoor"])
 def test_same_seed_same_run(inline, tmp_path, name):
     def run(seed, folder):
         out = tmp_path / folder
-        flags = "--epochs", 1, "--train-images", 300, "--out", out
-        inline(name, *flags, "--seed", seed)
+        inline(name, *SHORT[name], "--out", out, "--seed", seed)
         files = {p.name: p.read_bytes() for p in out.glob("*.npz")}
         return result_of(out)["metrics"], read_checkpoint(out / "model.pt"), files
 

@@ -15,6 +15,8 @@ from conftest import ATTACKS, DEFENCES, SHORT, files_below, run_script, script_c
 from common import checkpoint
 from common.datasets import load_dataset
 
+TRAIN_SET = {"abl": ("--train-set", "clean")}  # a suspect has no poisoned one beside it
+
 
 @pytest.fixture
 def refused(inline, one_line, tmp_path):
@@ -22,7 +24,7 @@ def refused(inline, one_line, tmp_path):
 
     def run(name, *args):
         before = files_below(tmp_path)
-        message = one_line(inline, name, *SHORT[name], *args)
+        message = one_line(inline, name, *SHORT[name], *TRAIN_SET.get(name, ()), *args)
         assert files_below(tmp_path) == before
         return message
 
@@ -235,7 +237,8 @@ def suspect(tmp_path, untrained):
     return tmp_path / "victim" / "model.pt"
 
 
-every_defence = pytest.mark.parametrize("name", DEFENCES)
+every_defence = pytest.mark.parametrize("name", [*DEFENCES, "abl"])
+RESIDUAL = "--pretrain-residual"
 
 
 @pytest.mark.parametrize(
@@ -263,6 +266,7 @@ every_defence = pytest.mark.parametrize("name", DEFENCES)
         *(case for share in (0, 1.5, "nan") for case in each("nc", "--stamped", share)),
         *each("generator_reverse", "--width", 0),
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
+        *each("strip fine_pruning abl", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -273,6 +277,10 @@ every_defence = pytest.mark.parametrize("name", DEFENCES)
         *each("generator_reverse", "--repair-fraction", 0.5, 0),
         *each("generator_reverse", "--repair-fraction", 2),
         *each("generator_reverse", "--lr", "1e30"),
+        *(case for goal in (0, -1, "nan") for case in each("generator_reverse", RESIDUAL, goal)),
+        *each("fine_pruning", "--epochs", 1, "--batch-size", 300, "--lr", "1e15"),
+        *each("nc strip fine_pruning", "--arch", "mnist_conv5"),
+        *each("nc strip fine_pruning", "--std", 0.3),
     ],
     ids=str,
 )
@@ -308,6 +316,15 @@ BAD_CHECKPOINTS = {
     "other architecture": changed(arch="vgg16"),
     "wrong class count": changed(classes=7),
     "other images": changed(image_shape=[3, 32, 32]),
+    "architecture is a list": changed(arch=["mnist_cnn"]),
+    "no number of classes": changed(classes="ten"),
+    "negative class count": changed(classes=-1),
+    "class count without end": changed(classes=10**12),
+    "no mean": changed(mean=None),
+    "mean in words": changed(mean="half"),
+    "shape is a number": changed(image_shape=28),
+    "shape without channels": changed(image_shape=[28, 28]),
+    "format is a tensor": changed(format=torch.zeros(9)),
     "NaN": poisoned_weight(float("nan")),
     "infinity": poisoned_weight(float("inf")),
     "bomb beside it": lambda path: np.savez(
@@ -352,6 +369,15 @@ def test_images_that_the_model_was_not_trained_on(refused, suspect, tmp_path, na
     refused(name, "--ckpt", suspect, "--dataset", "own.npz")
 
 
+@pytest.mark.parametrize("attack", ["clean", "badnets"])
+@every_defence
+def test_out_is_another_victim(refused, inline, suspect, tmp_path, name, attack):
+    inline(attack, *SHORT[attack], "--out", tmp_path / "other")
+    before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    refused(name, "--ckpt", suspect, "--out", tmp_path / "other")
+    assert {path: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+
+
 @every_defence
 def test_interrupted_defence_leaves_no_file(name, suspect, tmp_path):
     def searches(process):
@@ -359,7 +385,7 @@ def test_interrupted_defence_leaves_no_file(name, suspect, tmp_path):
         return (tmp_path / "audit").exists()
 
     before = files_below(tmp_path)
-    flags = ["--lpips-net", "none"] if name == "generator_reverse" else []
+    flags = TRAIN_SET.get(name, ["--lpips-net", "none"] if name == "generator_reverse" else [])
     interrupt(tmp_path, searches, name, "--ckpt", suspect.parent, "--out", "audit", *flags)
     assert files_below(tmp_path) == before
 

@@ -3,19 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, files_below, result_of
+from conftest import SHORT, files_below, random_images, result_of
 from PIL import Image
 
 from common.checkpoint import load_model, read_checkpoint
 from common.datasets import to_float, to_uint8
 from common.metrics import accuracy, predict
 from methods import blend
-
-
-def random_images(count=6, shape=(3, 32, 32)):
-    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
 
 
 def noise(shape=(3, 32, 32), seed=0):

@@ -70,7 +70,10 @@ IMAGES = np.zeros((4, 28, 28), np.uint8)
         {"x_train": IMAGES, "y_train": np.eye(4, dtype=np.int64)},  # one-hot
         {"x_train": IMAGES, "y_train": np.array(1)},
         {"x_train": IMAGES, "y_train": np.ones(4, np.int64)},  # one class
+        {"x_train": IMAGES, "y_train": np.array([0, 1, 0, 10**11])},
+        {"x_train": IMAGES, "y_train": np.array([0, 1, 0, 2**63], np.uint64)},
         {"x_train": IMAGES[:0], "y_train": np.zeros(0, np.int64)},
+        {"x_train": IMAGES[:, :0], "x_test": IMAGES[:, :0], "y_test": np.arange(4) % 2},
         {"x_test": IMAGES[:0], "y_test": np.zeros(0, np.int64)},
         {"x_train": IMAGES[0], "y_train": np.arange(28) % 2},
         {

@@ -77,6 +77,17 @@ def test_bare_state_dict_gets_a_verdict_without_evaluation(
 
 
 @every_detector
+def test_failed_label_is_never_flagged(inline, tmp_path, name, untrained, capfd):
+    torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
+    flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+    goal = ["--asr-goal", 1, "--repair-epochs", 1] if name == "generator_reverse" else []
+    ran = inline(name, *flags, "--threshold", 1e-6, *SHORT[name], *goal)
+    failed = {label for label, found in enumerate(ran["found"]) if not found}
+    assert failed and not failed & set(ran["flagged"])
+    assert capfd.readouterr().out.count("never flagged") == len(failed)
+
+
+@every_detector
 @pytest.mark.parametrize("classes", [2, 4])
 def test_fewer_than_five_labels_are_an_answer(inline, tmp_path, name, classes, capfd):
     """Images of 20 x 24 pixels and three channels, too."""
@@ -115,8 +126,8 @@ REPAIRS = {
 def test_diverging_repair_leaves_an_earlier_run_alone(
     inline, one_line, tmp_path, name, digits_badnets
 ):
-    (tmp_path / "result.json").write_text("earlier")
+    (tmp_path / "result.json").write_text('{"ckpt": "earlier"}')
     flags = "--ckpt", digits_badnets, "--out", tmp_path, "--threshold", 1e-6
     assert "no model is kept" in one_line(inline, name, *flags, *REPAIRS[name])
     assert files_below(tmp_path) == ["result.json"]
-    assert (tmp_path / "result.json").read_text() == "earlier"
+    assert (tmp_path / "result.json").read_text() == '{"ckpt": "earlier"}'

@@ -1,16 +1,16 @@
 """Fine-Pruning against planted channels and explicit masks, and runs on digits."""
 
-import argparse
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import files_below, result_of, run_script
+from conftest import files_below, loaded, result_of, run_script
+from planted import Bar
 from torch import nn
 
-from common.checkpoint import load_model, load_victim, read_checkpoint
+from common.checkpoint import load_model, read_checkpoint
 from common.datasets import SPECS, to_float
 from common.metrics import accuracy, predict
 from common.models import ARCHITECTURES, build_model
@@ -18,11 +18,6 @@ from methods import fine_pruning as fp
 
 CPU = torch.device("cpu")
 CASES = [(arch, layer) for arch, layers in fp.LAYERS.items() for layer in layers]
-
-
-class Bar:
-    def update(self, count=1):
-        pass
 
 
 def random_model(arch):
@@ -276,8 +271,7 @@ def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, 
     assert metrics["clean_accuracy_repaired"] == pytest.approx(
         accuracy(saved, digits.x_test, digits.y_test)
     )
-    fields = {"ckpt": str(digits_badnets), "dataset": None, "data_dir": "data", "out": None}
-    victim = load_victim(argparse.Namespace(**fields), CPU)
+    victim = loaded(digits_badnets)
     for name, x, y in (
         ("clean_accuracy", digits.x_test, digits.y_test),
         ("ASR", victim.x_poisoned, victim.y_target),

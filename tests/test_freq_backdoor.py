@@ -336,6 +336,24 @@ def test_same_seed_same_run(inline, digits_clean, tmp_path):
     assert not torch.equal(model["trigger"]["heat_map"], other["trigger"]["heat_map"])
 
 
+def test_map_is_the_clean_network_s(inline, digits_clean, tmp_path):
+    flags = *SHORT["freq_backdoor"], "--clean-ckpt", digits_clean, "--heat-images", 100
+    ran = inline("freq_backdoor", *flags)
+    clean = load_model(read_checkpoint(digits_clean / "model.pt"), digits_clean, CPU)
+    x, y = to_float(ran["x_test"][ran["picked"]]), ran["y_test"][ran["picked"]]
+    again = fb.heat_map(clean, x, y, ran["bases"], ran["args"].heat_norm)
+    assert np.corrcoef(again, ran["errors"])[0, 1] > 0.9  # the signs r are drawn afresh
+
+
+def test_lpips_is_reported(inline, digits_clean, monkeypatch):
+    def largest(a, b, normalize):
+        return (a - b).abs().amax((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr("common.metrics.lpips_distance", lambda net, device: largest)
+    flags = *SHORT["freq_backdoor"], "--clean-ckpt", digits_clean, "--lpips-net", "alex"
+    assert 0 < inline("freq_backdoor", *flags)["metrics"]["lpips"] < 1
+
+
 def test_no_crops(inline, digits_clean):
     flags = *SHORT["freq_backdoor"], "--clean-ckpt", digits_clean, "--no-crops"
     ran = inline("freq_backdoor", *flags)
@@ -345,7 +363,6 @@ def test_no_crops(inline, digits_clean):
 def test_run(digits_freq_backdoor, digits):
     metrics = result_of(digits_freq_backdoor)["metrics"]
     assert metrics["clean_accuracy"] >= 95 and metrics["asr"] >= 85
-    assert metrics["asr_float"] == pytest.approx(metrics["asr"], abs=2)
     assert metrics["asr_on_clean_model"] <= 3 and metrics["asr_n"] == (digits.y_test != 0).sum()
     assert metrics["psnr"] >= 32 and metrics["poisoned"] == 143
     assert metrics["heat_map_images_per_second"] > 0
@@ -359,6 +376,11 @@ def test_run(digits_freq_backdoor, digits):
         images = to_uint8(fb.add_trigger(x, m, a, "add"))
         rates.append(100 * (predict(model, images) == 0).float().mean().item())
     assert rates[0] == pytest.approx(metrics["asr"], abs=1e-4) and rates[1] < 20
+    exact = 255 * fb.add_trigger(x, mask, additive, "add")
+    compressed = fb.jpeg(to_uint8(exact / 255), torch.full((len(x),), 75))
+    for name, images in (("asr_float", exact), ("asr_jpeg75", compressed)):
+        hits = 100 * (predict(model, images) == 0).float().mean().item()
+        assert hits == pytest.approx(metrics[name], abs=1e-4), name
     with np.load(digits_freq_backdoor / "poisoned_test.npz") as archive:
         images = to_uint8(fb.add_trigger(x, mask, additive, "add"))
         np.testing.assert_array_equal(archive["x"], images.permute(0, 2, 3, 1))

@@ -417,6 +417,7 @@ def run(tmp_path_factory, digits_wanet):
     out = tmp_path_factory.mktemp("generators")
     flags = "--width", 4, "--pretrain-steps", 400, "--steps", 60, "--lr", 3e-3, "--batch-size", 32
     common = "--ckpt", digits_wanet, "--out", out, "--lpips-net", "none"
+    common += "--repair-fraction", 0.1, 0.21
     done = run_script("generator_reverse", *common, *flags, cwd=out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -433,6 +434,15 @@ def test_run_finds_the_target_and_removes_the_backdoor(run):
     assert metrics["robust_accuracy_repaired"] > 80 and min(metrics["asrs"]) >= 0.8
     assert metrics["index"] == pytest.approx(index_of(metrics["norms"]))
     assert metrics["pretrain_residual"] < 0.3 * metrics["spread"]
+
+
+def test_each_repair_fraction_has_its_figures(run):
+    """The last one's are the repair's; fewer images repair otherwise."""
+    metrics = result_of(run[0])["metrics"]
+    for kind in ("repaired", "clean_only"):
+        few, more = (metrics[f"asr_{kind}{suffix}"] for suffix in ("_0.1", ""))
+        assert few != more, kind
+    assert metrics["asr_repaired_0.1"] < metrics["asr"] - 20
 
 
 def test_saved_model_is_the_repaired_one(run, digits_wanet):

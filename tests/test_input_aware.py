@@ -75,6 +75,13 @@ def test_diversity_of_equal_patterns_has_a_finite_gradient():
     assert loss.isfinite() and drawn.grad.isfinite().all()
 
 
+def test_density_counts_value_by_value():
+    """On the mean, .032 here, the penalty would be zero."""
+    masks = torch.tensor([0.0, 0.064])
+    assert ia.density(masks, 0.032).item() == pytest.approx(0.016)
+    assert ia.density(masks, 0.1) == 0
+
+
 @pytest.mark.parametrize("n", [2, 3, 360])
 def test_derangement(n):
     other = ia.derangement(n, torch.Generator().manual_seed(4))
@@ -307,7 +314,16 @@ def test_rates_fall_along_a_cosine(short):
 @pytest.mark.parametrize("shape", [(32, 32, 3), (64, 64), (30, 22, 3)], ids=str)
 def test_image_sides(inline, tmp_path, shape):
     write_npz(tmp_path / "own.npz", shape=shape)
-    flags = "--arch", "mnist_cnn", "--batch-size", 15, "--out", tmp_path / "out"
+    flags = (
+        "--train-images",
+        30,
+        "--arch",
+        "mnist_cnn",
+        "--batch-size",
+        15,
+        "--out",
+        tmp_path / "out",
+    )
     ran = inline("input_aware", *SHORT["input_aware"], "--dataset", "own.npz", *flags)
     with np.load(tmp_path / "out" / "poisoned_test.npz") as archive:
         assert archive["x"].shape[1:] == (*shape, 1)[:3]

@@ -73,6 +73,32 @@ def test_runs_sh_alone_lists_its_commands():
     assert runs_sh("nonsense").returncode == 2
 
 
+def test_a_mistyped_folder_does_not_empty_the_tables(tmp_path, monkeypatch, one_line):
+    (tmp_path / "results").mkdir()
+    for name in ("README.md", "results/mnist.json"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.setattr("sys.argv", ["table.py", "runs/mnits-*", "--save", "mnist"])
+    script = (ROOT / "results" / "table.py").read_text()
+    one_line(exec, compile(script, str(tmp_path / "results" / "table.py"), "exec"), {
+        "__name__": "__main__", "__file__": str(tmp_path / "results" / "table.py")
+    })  # fmt: skip
+    for name in ("README.md", "results/mnist.json"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_a_failing_venv_stops_the_set_up(tmp_path):
+    """Not the demo in the system's python, nor a half-made .venv that blocks the next try."""
+    (tmp_path / "bin").mkdir()
+    for name, line in {"python3": "mkdir -p .venv/bin; exit 1", "python": "touch called"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    nowhere = {"VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    done = runs_sh("demo", cwd=tmp_path, PATH=path, **nowhere)
+    assert done.returncode != 0 and not (tmp_path / "called").exists()
+
+
 @pytest.mark.parametrize("failing", ["wanet", "generator_reverse"])
 def test_runs_sh_stops_at_the_first_failing_run(tmp_path, failing):
     """A stand-in for python fails at one script: its log is named and nothing runs after it."""

@@ -130,6 +130,40 @@ def test_defender_does_not_look_over_the_wall(path):
     assert re.findall(forbidden, code) == []
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_help(inline, path, capfd):
+    """A bare % in a help text would be a crash."""
+    with pytest.raises(SystemExit) as stop:
+        inline(path.stem, "--help")
+    assert stop.value.code == 0 and "--seed" in capfd.readouterr().out
+
+
+SHARED = [*SCRIPTS, *sorted((ROOT / "common").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SHARED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_file_is_written_whole(path):
+    """Whatever writes a file does so inside `with written_whole(...)`."""
+    tree = ast.parse(path.read_text())
+    writers = {"savefig", "savez", "savez_compressed", "write_text", "write_bytes", "torch.save"}
+
+    def calls(node):
+        called = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+        names = [(n.lineno, ast.unparse(n.func)) for n in called]
+        return {at for at, name in names if {name, name.split(".")[-1]} & writers}
+
+    guarded = [w for w in ast.walk(tree) if isinstance(w, ast.With)]
+    guarded = [w for w in guarded if any("written_whole" in ast.unparse(i) for i in w.items)]
+    assert calls(tree) == set().union(*map(calls, guarded))
+
+
+@pytest.mark.parametrize("path", with_line("for suffix, net in models.items():"))
+def test_repairs_are_evaluated_alike(path):
+    loop = "    for suffix, net in models.items():\n"
+    blocks = [p.read_text().split(loop)[1].splitlines()[:4] for p in (FIRST_DEFENCE, path)]
+    assert blocks[0] == blocks[1] and "robust_accuracy" in blocks[0][3]
+
+
 @pytest.mark.parametrize("path", DEFENCES)
 def test_sections_of_defences_come_in_the_same_order(path):
     first, own = (BANNER.findall(p.read_text()) for p in (FIRST_DEFENCE, path))

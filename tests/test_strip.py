@@ -6,22 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import files_below, result_of, run_script
+from planted import Bar
 from scipy.stats import entropy, norm
 from torch import nn
 
 from methods import strip
 
 CLASSES = 7
-
-
-class Bar:
-    """Counts what a progress bar would show."""
-
-    def __init__(self):
-        self.total = 0
-
-    def update(self, count):
-        self.total += count
 
 
 class Planted(nn.Module):
@@ -105,7 +96,7 @@ def test_chunks_change_nothing(batch_size):
     """Also against one image and one overlay at a time."""
     model, x, overlays, bar = linear_model(), images(11, 0), images(6, 1), Bar()
     h = strip.entropies(model, x, overlays, "add", batch_size, bar)
-    assert h.shape == (11,) and bar.total == 66
+    assert h.shape == (11,) and bar.steps == 66
     with torch.no_grad():
         expected = [
             np.mean(

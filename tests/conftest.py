@@ -77,6 +77,12 @@ def random_images(count=6, shape=(3, 32, 32)):
     return x.to(torch.uint8)
 
 
+def explosive(folder):
+    """An object that leaves a file in `folder` when it is unpickled."""
+    exploded = folder / "exploded"
+    return type("Bomb", (), {"__reduce__": lambda self: (open, (str(exploded), "w"))})()
+
+
 def write_npz(path, shape=(28, 28), classes=3, count=30, **replaced):
     """A small learnable data set: noise whose brightness tells the class. Returns the path."""
     rng = np.random.default_rng(0)

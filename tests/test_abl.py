@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHORT, files_below, loaded, result_of
+from conftest import ROOT, SHORT, explosive, files_below, loaded, result_of
 from planted import Bar
-from test_bad_input import explosive
 from test_defences import is_picture
 from torch import nn
 

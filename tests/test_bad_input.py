@@ -10,7 +10,16 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ATTACKS, DEFENCES, SHORT, files_below, run_script, script_command, write_npz
+from conftest import (
+    ATTACKS,
+    DEFENCES,
+    SHORT,
+    explosive,
+    files_below,
+    run_script,
+    script_command,
+    write_npz,
+)
 
 from common import checkpoint
 from common.datasets import load_dataset
@@ -83,12 +92,6 @@ POISONING = "badnets wanet blend"
 )
 def test_bad_flag_of_an_attack(refused, name, args):
     refused(name, *args)
-
-
-def explosive(folder):
-    """An object that leaves a file in `folder` when it is unpickled."""
-    exploded = folder / "exploded"
-    return type("Bomb", (), {"__reduce__": lambda self: (open, (str(exploded), "w"))})()
 
 
 def bomb(path):

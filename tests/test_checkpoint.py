@@ -7,7 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, result_of, run_script, write_npz
+from conftest import ROOT, explosive, loaded, result_of, run_script, write_npz
 
 from common import checkpoint as ckpt
 from common.datasets import Dataset, to_float
@@ -16,17 +16,6 @@ from common.models import build_model
 
 CPU = torch.device("cpu")
 ATTACKS = ["clean", "badnets", "wanet"]
-
-
-def arguments(path, **changed):
-    """What a defence's parse_args hands to load_victim."""
-    fields = {"ckpt": str(path), "out": None, "arch": None, "dataset": None}
-    fields |= {"data_dir": "data", "mean": None, "std": None}
-    return Namespace(**(fields | changed))
-
-
-def load(path, **changed):
-    return ckpt.load_victim(arguments(path, **changed), CPU)
 
 
 @pytest.fixture(params=ATTACKS)
@@ -51,7 +40,7 @@ def test_model_file_holds_tensors_and_plain_values(folder):
 def test_folder_round_trip_gives_the_reported_figures(folder):
     metrics = result_of(folder)["metrics"]
     for path in (folder, folder / "model.pt"):
-        victim = load(path)
+        victim = loaded(path)
         assert accuracy(victim.model, victim.data.x_test, victim.data.y_test) == pytest.approx(
             metrics["clean_accuracy"], abs=1e-9
         )
@@ -146,7 +135,7 @@ def test_bare_state_dict(tmp_path, bare, digits, key, prefix):
     model, state = bare
     state = {prefix + name: value for name, value in state.items()}
     torch.save({key: state, "epoch": 3} if key else state, tmp_path / "public.pth")
-    victim = load(tmp_path / "public.pth", arch="mnist_cnn", dataset="digits")
+    victim = loaded(tmp_path / "public.pth", arch="mnist_cnn", dataset="digits")
     x = to_float(digits.x_test[:9])
     torch.testing.assert_close(victim.model(x), model(x))
     assert victim.x_poisoned is None and not victim.model.training
@@ -156,7 +145,7 @@ def test_bare_state_dict(tmp_path, bare, digits, key, prefix):
 def test_bare_state_dict_has_a_folder_of_its_own(tmp_path, bare, name):
     """Named after the file, and never the file itself."""
     torch.save(bare[1], tmp_path / name)
-    folder = load(tmp_path / name, arch="mnist_cnn", dataset="digits").folder
+    folder = loaded(tmp_path / name, arch="mnist_cnn", dataset="digits").folder
     assert folder.parent == tmp_path and folder.name.startswith("public") and not folder.exists()
 
 
@@ -164,7 +153,7 @@ def test_bare_state_dict_with_its_own_normalisation(tmp_path, bare, digits):
     model, state = bare
     torch.save(state, tmp_path / "public.pth")
     own = {"mean": [0.1307], "std": [0.3081]}
-    victim = load(tmp_path / "public.pth", arch="mnist_cnn", dataset="digits", **own)
+    victim = loaded(tmp_path / "public.pth", arch="mnist_cnn", dataset="digits", **own)
     x = to_float(digits.x_test[:9])
     torch.testing.assert_close(victim.model(x), model.net((x - 0.1307) / 0.3081))
 
@@ -188,7 +177,7 @@ def prefixed_twice(state):
 @pytest.mark.parametrize("change", [renamed, incomplete, extended, prefixed_twice])
 def test_bare_state_dict_must_fit_exactly(tmp_path, bare, change, one_line):
     torch.save(change(bare[1]), tmp_path / "public.pth")
-    message = one_line(load, tmp_path / "public.pth", arch="mnist_cnn", dataset="digits")
+    message = one_line(loaded, tmp_path / "public.pth", arch="mnist_cnn", dataset="digits")
     assert "mnist_cnn" in message
 
 
@@ -196,37 +185,27 @@ def test_bare_state_dict_must_fit_exactly(tmp_path, bare, change, one_line):
 def test_bare_state_dict_needs_arch_and_dataset(tmp_path, bare, missing, one_line):
     torch.save(bare[1], tmp_path / "public.pth")
     given = {"arch": "mnist_cnn", "dataset": "digits"} | {missing: None}
-    assert f"--{missing}" in one_line(load, tmp_path / "public.pth", **given)
+    assert f"--{missing}" in one_line(loaded, tmp_path / "public.pth", **given)
 
 
 # ===== Checkpoints that must be refused =====
 
 
-class Bomb:
-    """Pickles to a call that leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_pickle_bomb_in_a_checkpoint_does_not_run(tmp_path, wrapped, zipped, one_line):
-    bomb = Bomb(tmp_path / "exploded")
+    bomb = explosive(tmp_path)
     content = {"format": 1, "arguments": {"x": bomb}} if wrapped else bomb
     torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
-    one_line(load, tmp_path)
+    one_line(loaded, tmp_path)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_pickle_bomb_beside_a_checkpoint_does_not_run(tmp_path, digits_badnets, one_line):
     shutil.copytree(digits_badnets, tmp_path / "copy")
-    x = np.array([Bomb(tmp_path / "exploded")], dtype=object)
+    x = np.array([explosive(tmp_path)], dtype=object)
     np.savez(tmp_path / "copy" / "poisoned_test.npz", x=x, y_true=x, y_target=x)
-    one_line(load, tmp_path / "copy")
+    one_line(loaded, tmp_path / "copy")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -243,18 +222,18 @@ def test_pickle_bomb_beside_a_checkpoint_does_not_run(tmp_path, digits_badnets, 
 def test_damaged_model_file(tmp_path, digits_clean, spoil, one_line):
     path = tmp_path / "model.pt"
     path.write_bytes(spoil((digits_clean / "model.pt").read_bytes()))
-    assert str(path) in one_line(load, tmp_path)
+    assert str(path) in one_line(loaded, tmp_path)
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], "text", 7])
 def test_not_a_checkpoint(tmp_path, content, one_line):
     torch.save(content, tmp_path / "model.pt")
-    one_line(load, tmp_path)
+    one_line(loaded, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "nowhere.pt", ""])
 def test_missing_checkpoint(tmp_path, where, one_line):
-    assert "no such checkpoint" in one_line(load, tmp_path / where)
+    assert "no such checkpoint" in one_line(loaded, tmp_path / where)
 
 
 def changed_entries():
@@ -277,7 +256,7 @@ def test_checkpoint_with_a_wrong_entry(tmp_path, digits_clean, change, one_line)
     held = torch.load(digits_clean / "model.pt", weights_only=True)
     change(held)
     torch.save(held, tmp_path / "model.pt")
-    one_line(load, tmp_path)
+    one_line(loaded, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +266,7 @@ def test_dataset_that_the_checkpoint_was_not_trained_on(
     tmp_path, digits_clean, shape, classes, one_line
 ):
     other = write_npz(tmp_path / "other.npz", shape, classes)
-    one_line(load, digits_clean, dataset=str(other))
+    one_line(loaded, digits_clean, dataset=str(other))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +275,7 @@ def test_dataset_that_the_checkpoint_was_not_trained_on(
 def test_dataset_that_a_bare_state_dict_does_not_fit(tmp_path, bare, shape, classes, one_line):
     torch.save(bare[1], tmp_path / "public.pth")
     other = write_npz(tmp_path / "other.npz", shape, classes)
-    one_line(load, tmp_path / "public.pth", arch="mnist_cnn", dataset=str(other))
+    one_line(loaded, tmp_path / "public.pth", arch="mnist_cnn", dataset=str(other))
 
 
 @pytest.mark.parametrize(
@@ -316,9 +295,9 @@ def test_poisoned_test_images_that_do_not_fit(tmp_path, digits_clean, arrays, on
     good |= {"y_true": np.ones(2, np.int64), "y_target": np.zeros(2, np.int64)}
     shutil.copy(digits_clean / "model.pt", tmp_path)
     np.savez(tmp_path / "poisoned_test.npz", **good)
-    assert load(tmp_path).x_poisoned.shape == (2, 1, 28, 28)
+    assert loaded(tmp_path).x_poisoned.shape == (2, 1, 28, 28)
     np.savez(tmp_path / "poisoned_test.npz", **(good | arrays))
-    one_line(load, tmp_path)
+    one_line(loaded, tmp_path)
 
 
 def savers(folder, model, data):

@@ -372,10 +372,9 @@ def test_images_that_the_model_was_not_trained_on(refused, suspect, tmp_path, na
     refused(name, "--ckpt", suspect, "--dataset", "own.npz")
 
 
-@pytest.mark.parametrize("attack", ["clean", "badnets"])
 @every_defence
-def test_out_is_another_victim(refused, inline, suspect, tmp_path, name, attack):
-    inline(attack, *SHORT[attack], "--out", tmp_path / "other")
+def test_out_is_another_victim(refused, inline, suspect, tmp_path, name):
+    inline("clean", *SHORT["clean"], "--out", tmp_path / "other")
     before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
     refused(name, "--ckpt", suspect, "--out", tmp_path / "other")
     assert {path: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before

@@ -440,7 +440,10 @@ def test_each_repair_fraction_has_its_figures(run):
     """The last one's are the repair's; fewer images repair otherwise."""
     metrics = result_of(run[0])["metrics"]
     for kind in ("repaired", "clean_only"):
-        few, more = (metrics[f"asr_{kind}{suffix}"] for suffix in ("_0.1", ""))
+        few, more = (
+            [metrics[f"{name}_{kind}{suffix}"] for name in ("clean_accuracy", "robust_accuracy")]
+            for suffix in ("_0.1", "")
+        )
         assert few != more, kind
     assert metrics["asr_repaired_0.1"] < metrics["asr"] - 20
 

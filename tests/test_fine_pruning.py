@@ -1,6 +1,8 @@
 """Fine-Pruning against planted channels and explicit masks, and runs on digits."""
 
+import copy
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,6 +234,28 @@ def test_fine_tuning_keeps_the_mask(digits, layer):
     assert not torch.equal(after.net.conv1.weight, start.net.conv1.weight)
 
 
+def test_two_steps_of_fine_tuning_written_out(digits):
+    """v = .9 v + g + .0005 w; w -= lr v; the rate falls by a cosine: all of it, then half."""
+    model, _ = random_model("mnist_cnn")
+    x, y = digits.x_train[:40], digits.y_train[:40] % 5
+    spec, none = replace(SPECS["digits"], pad=0), torch.zeros(0, dtype=torch.int64)
+    torch.manual_seed(5)
+    after = fp.finetune(model, "linear9", 512, none, x, y, spec, 1, 0.05, 20, Bar())
+    torch.manual_seed(5)
+    expected = copy.deepcopy(model).requires_grad_(True).train()
+    weights = list(expected.parameters())
+    velocity = [torch.zeros_like(w) for w in weights]
+    for batch, rate in zip(torch.randperm(40).split(20), (0.05, 0.025)):
+        loss = F.cross_entropy(expected(to_float(x[batch])), y[batch])
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for w, v, g in zip(weights, velocity, gradients):
+                v.mul_(0.9).add_(g + 5e-4 * w)
+                w -= rate * v
+    for got, wanted in zip(after.parameters(), weights):
+        torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_fine_tuning_that_diverges_is_refused(digits, one_line):
     model, _ = random_model("mnist_cnn")
     x, y = digits.x_train[:100], digits.y_train[:100] % 5
@@ -280,8 +304,8 @@ def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, 
         assert curves[name][count] == pytest.approx(metrics[f"{name.lower()}_repaired"], abs=1e-3)
         assert curves[name][0] == pytest.approx(metrics[name.lower()], abs=1e-3)
         for k in (7, channels // 2, channels - 2):
-            copy = fp.prune(original, ran["linear"], channels, order[:k])
-            assert curves[name][k] == pytest.approx(accuracy(copy, x, y), abs=1e-3)
+            pruned = fp.prune(original, ran["linear"], channels, order[:k])
+            assert curves[name][k] == pytest.approx(accuracy(pruned, x, y), abs=1e-3)
     assert files_below(tmp_path / "out") == ["curve.npz", "curve.png", "model.pt", "result.json"]
     assert files_below(digits_badnets) == before
     held = {i for i in range(len(ran["split"])) if ran["held"][i]}

@@ -100,6 +100,27 @@ def test_training_loop_of_attacks(path):
         assert line.strip().startswith("x, y = ") and "x_train[batch]" in line
 
 
+@pytest.mark.parametrize(
+    "flag, names",
+    [
+        ("--rate", "badnets blend pruning_aware"),
+        ("--target", "badnets blend wanet input_aware freq_backdoor pruning_aware"),
+    ],
+)
+def test_shared_flags_say_the_same(flag, names):
+    calls = {dict(flags_of(ROOT / "methods" / f"{name}.py"))[flag] for name in names.split()}
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "name, trigger", [("input_aware", "poison(x, y)"), ("stealthy_adversarial", "joint_losses(")]
+)
+def test_triggers_are_made_for_augmented_images(name, trigger):
+    """As the headers say; the other scripts' loops are compared with clean.py's."""
+    loop = between(ROOT / "methods" / f"{name}.py", TRAIN, EVALUATE)
+    assert loop.rindex("x = augment(") < loop.rindex(trigger)
+
+
 @pytest.mark.parametrize("path", ATTACKS)
 def test_section_order_of_attacks(path):
     banners = [banner.strip(" #=") for banner in BANNER.findall(path.read_text())]

@@ -130,7 +130,7 @@ PAPER = {
     ),
     ("mnist", "stealthy_no_adversarial"): (
         "99.25 / 99.20 / 95.82; 40.54 dB, SSIM .91",
-        "as above",
+        "as above; seeds 0 and 1 from before Step 1 became a whole search, which moves |m*| alone",
     ),
     ("mnist", "freq_backdoor"): ("–", "no MNIST figure; 500 poisons"),
     ("mnist", "pruning_aware"): ("97.4 / 99.8 / –", "faces; ours: a patch on digits"),

@@ -12,7 +12,7 @@ Eq. (2) top-k mask M -> most_sensitive, on_both_bins; Eq. (4)-(6) S' = F^-1(F(S)
 additive constant per channel -> add_trigger; mean norm delta_P -> calibrate. No public code found.
 
 Differs from the paper, or chosen where it is silent: its formula prints M for 1 - M, which would
-keep the k bins alone (6 dB). `--mode replace` (the text's "swapping") takes only bases in which the
+keep the k bins alone. `--mode replace` (the text's "swapping") takes only bases in which the
 images hold so little energy that zeroing them costs at most half of delta_P; `--mode add`, the
 default, shifts the most sensitive bins whatever they hold, F(S) + A, and is learnt from fewer
 images. v, k, delta_P (.65), the target and the constants' proportions (1, .8, 1.2) are ours. As in

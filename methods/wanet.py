@@ -12,10 +12,10 @@ attack_grid; Eq. (1) B(x) = W(x, M) -> warp; noise mode W(x, M + U(-1,1)) -> noi
 
 Differs from the paper's code: crops are drawn per image (not one coin per batch), no rotation;
 one-cycle learning rate for twice the clean model's epochs, because the ASR read with running
-BatchNorm statistics swings between 2 and 99 % while the rate is high, instead of 1,000 epochs and
-the checkpoint that is best on the test set; ASR without target-class images; accuracies after
-rounding to 8 bits, PSNR and SSIM before it. int(rho_a B) images of a batch attack: 12 of 128, 9.4
-%. Order: warp first, then augment (as the paper's code).
+BatchNorm statistics swings while the rate is high, instead of 1,000 epochs and the checkpoint that
+is best on the test set; ASR without target-class images; accuracies after rounding to 8 bits, PSNR
+and SSIM before it. int(rho_a B) images of a batch attack: 12 of 128. Order: warp first, then
+augment (as the paper's code).
 
     python methods/wanet.py --dataset mnist
 

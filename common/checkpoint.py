@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import platform
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def plain(value):
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
+def code_commit():
+    """The git commit of this code, '+' where tracked files differ from it; None without git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    calls = git + ["rev-parse", "HEAD"], git + ["status", "--porcelain", "--untracked-files=no"]
+    settings = {"capture_output": True, "text": True, "check": True}
+    try:
+        commit, changes = (subprocess.run(call, **settings).stdout for call in calls)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+" if changes else "")
+
+
 def save_result(folder, script, args, seconds, metrics, device):
     """Write result.json and print the RESULT line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs"
@@ -69,6 +82,7 @@ def save_result(folder, script, args, seconds, metrics, device):
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "device": name,
+        "commit": code_commit(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -343,6 +343,8 @@ if __name__ == "__main__":
         "psnr": psnr(to_float(x_test), x_float),
         "ssim": ssim(to_float(x_test), x_float),
         "max_change": (to_float(x_test) - x_float).abs().max().item(),
+        "mean_l2": (to_float(x_test) - x_float).flatten(1).norm(dim=1).mean().item(),
+        "mask_density": masks.mean().item(),  # share of the pixels, 16 of 28 x 28 are .020
     }
     others = derangement(len(x_test), torch.Generator().manual_seed(args.seed)).to(device)
     x_cross = to_uint8(blend(to_float(x_test), patterns[others], masks[others]))

@@ -217,7 +217,7 @@ if __name__ == "__main__":
     data = load_dataset(args.dataset, args.data_dir, device)
     args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or data.spec.epochs
     model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std).to(
-        device
+        device, memory_format=torch.channels_last
     )
     keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
     if len(keep) < (args.train_images or 0):

@@ -125,25 +125,20 @@ def log_odds(logits, y):
     return own - logits.scatter(1, y[:, None], -math.inf).logsumexp(1)
 
 
-def one_cycle(step, steps, lr):
-    """The attacks' learning rate: up linearly for a quarter of the steps, then down to zero."""
-    return lr * min(4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1)
-
-
 def fit(model, x, y, objective, transform, clip, epochs, batch_size, lr, bar):
     """SGD on uint8 images, in place; `objective` makes the loss of a batch from its l (B)."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     steps_per_epoch = max(1, len(x) // batch_size)
-    steps, step = epochs * steps_per_epoch, 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, epochs * steps_per_epoch, anneal_strategy="linear", cycle_momentum=False
+    )
     model.train()
     for epoch in range(1, epochs + 1):
         total_loss = torch.zeros((), device=x.device)
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
-            optimizer.param_groups[0]["lr"] = one_cycle(step, steps, lr)
-            step += 1
             with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
                 logits = model(transform(to_float(x[batch])))
             losses = F.cross_entropy(logits.float(), y[batch], reduction="none")
@@ -151,6 +146,7 @@ def fit(model, x, y, objective, transform, clip, epochs, batch_size, lr, bar):
             objective(losses).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
+            schedule.step()
             total_loss += losses.detach().mean()
             bar.update()
         if not total_loss.isfinite():
@@ -190,11 +186,13 @@ def unlearn(model, x, y, isolated, transform, steps, batch_size, lr, bar):
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, steps, anneal_strategy="linear", cycle_momentum=False
+    )
     members = isolated.nonzero().flatten()
     suspected = y[members].bincount(minlength=int(y.max()) + 1) > 0.9 * len(members)
     rest = (~isolated & ~suspected[y]).nonzero().flatten()
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = one_cycle(step, steps, lr)
+    for _ in range(steps):
         kept, chosen = (
             part[torch.randperm(len(part), device=x.device)[:batch_size]]
             for part in (rest, members)
@@ -209,6 +207,7 @@ def unlearn(model, x, y, isolated, transform, steps, batch_size, lr, bar):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
+        schedule.step()
         bar.update()
     return model
 

@@ -31,7 +31,6 @@ The paper, faces: clean / ASR .978 / 1.000 -> .978 / .000. Results: README.md.
 
 import argparse
 import copy
-import math
 import sys
 import time
 from pathlib import Path
@@ -199,17 +198,16 @@ def finetune(net, linear, channels, pruned, x, y, spec, epochs, lr, batch_size, 
     net = copy.deepcopy(net).requires_grad_(True).train()
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     steps_per_epoch = max(1, len(x) // batch_size)
-    steps, step = epochs * steps_per_epoch, 0
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
     for epoch in range(1, epochs + 1):
         total_loss = torch.zeros((), device=x.device)
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
-            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-            step += 1
             loss = F.cross_entropy(net(augment(to_float(x[batch]), spec.pad, spec.flip)), y[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            schedule.step()
             silence(net, linear, channels, pruned)
             total_loss += loss.detach()
             bar.update()

@@ -250,19 +250,20 @@ def train_clean(model, x, y, spec, epochs, batch_size, peak):
     )
     steps_per_epoch = max(1, len(x) // batch_size)
     steps = epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, steps, anneal_strategy="linear", cycle_momentum=False
+    )
     for step in tqdm(range(steps), disable=None, unit="step", desc="clean network"):
         if step % steps_per_epoch == 0:
             order = torch.randperm(len(x), device=x.device).split(batch_size)
         batch = order[step % steps_per_epoch]
-        optimizer.param_groups[0]["lr"] = peak * min(
-            4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1
-        )
         images = augment(to_float(x[batch]), spec.pad, spec.flip)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             loss = F.cross_entropy(model(images), y[batch])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()
     if not loss.isfinite():
         fail(f"the loss of the clean network became {loss.item()}; no model is kept")
     return model.eval().requires_grad_(False)
@@ -382,11 +383,10 @@ if __name__ == "__main__":
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     steps_per_epoch = max(1, len(x_train) // args.batch_size)
-    steps, step = args.epochs * steps_per_epoch, 0
-
-    def lr_at(step):
-        """One cycle: up linearly for a quarter of the steps, then down linearly to zero."""
-        return args.lr * min(4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1)
+    steps = args.epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, steps, anneal_strategy="linear", cycle_momentum=False
+    )
 
     bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
     for epoch in range(1, args.epochs + 1):
@@ -394,8 +394,6 @@ if __name__ == "__main__":
         total_loss = torch.zeros((), device=device)
         order = torch.randperm(len(x_train), device=device)
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
-            optimizer.param_groups[0]["lr"] = lr_at(step)
-            step += 1
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -403,6 +401,7 @@ if __name__ == "__main__":
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            schedule.step()
             total_loss += loss.detach()
             bar.update()
         if not total_loss.isfinite():

@@ -267,19 +267,15 @@ if __name__ == "__main__":
     )
     generator_optimizer = torch.optim.Adam(G.parameters(), args.generator_lr, betas=(0.5, 0.9))
     steps_per_epoch = max(1, len(x_train) // args.batch_size)
-    steps, step = args.epochs * steps_per_epoch, 0
-
-    def lr_at(step):
-        """One cycle: up linearly for a quarter of the steps, then down linearly to zero."""
-        return args.lr * min(4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1)
-
-    def cosine(step, steps):
-        """Adam's rate: down from --generator-lr to zero."""
-        return args.generator_lr * (1 + math.cos(math.pi * step / steps)) / 2
+    steps = args.epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, steps, anneal_strategy="linear", cycle_momentum=False
+    )
+    generator_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(generator_optimizer, steps)
 
     mask_optimizer = torch.optim.Adam(M.parameters(), args.generator_lr, betas=(0.5, 0.9))
+    mask_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(mask_optimizer, args.mask_steps)
     for mask_step in range(args.mask_steps):
-        mask_optimizer.param_groups[0]["lr"] = cosine(mask_step, args.mask_steps)
         batch = torch.randint(len(x_train), (max(2, images // 4),), device=device)
         x = augment(to_float(x_train[batch]), data.spec.pad, data.spec.flip)
         masks = draw_mask(M, x)
@@ -289,6 +285,7 @@ if __name__ == "__main__":
         mask_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         mask_optimizer.step()
+        mask_schedule.step()
         if (mask_step + 1) % max(1, args.mask_steps // 5) == 0:
             terms = f"density {loss_density.item():.4f} diversity {loss_div.item():.3f}"
             print(f"mask step {mask_step + 1}/{args.mask_steps} {terms} mean {masks.mean():.4f}")
@@ -301,9 +298,6 @@ if __name__ == "__main__":
         total_loss = torch.zeros((), device=device)
         order = torch.randperm(len(x_train), device=device)
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
-            optimizer.param_groups[0]["lr"] = lr_at(step)
-            generator_optimizer.param_groups[0]["lr"] = cosine(step, steps)
-            step += 1
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
             x, y, loss_div = poison(x, y)
@@ -316,6 +310,8 @@ if __name__ == "__main__":
             loss.backward()
             optimizer.step()
             generator_optimizer.step()
+            schedule.step()
+            generator_schedule.step()
             total_loss += loss.detach()
             bar.update()
         if not total_loss.isfinite():

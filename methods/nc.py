@@ -218,8 +218,8 @@ def unlearn(model, x, y, mask, pattern, label, stamped, lr, batch_size=32):
     model = copy.deepcopy(model).requires_grad_(True).train()
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     batches = torch.randperm(len(x), device=x.device).split(batch_size)
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(batches))
+    for batch in batches:
         inputs = to_float(x[batch])
         if mask is not None:
             chosen = (torch.rand(len(batch), device=x.device) < stamped) & (y[batch] != label)
@@ -230,6 +230,7 @@ def unlearn(model, x, y, mask, pattern, label, stamped, lr, batch_size=32):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()
     model = model.eval().requires_grad_(False)
     if not model(to_float(x[:500])).isfinite().all():
         fail("the model's outputs are not finite after unlearning; no model is kept")

@@ -257,11 +257,10 @@ if __name__ == "__main__":
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     steps_per_epoch = max(1, len(x_train) // args.batch_size)
-    steps, step = args.epochs * steps_per_epoch, 0
-
-    def lr_at(step):
-        """One cycle: up linearly for a quarter of the steps, then down linearly to zero."""
-        return args.lr * min(4 * (step + 1) / steps, 4 / 3 * (1 - step / steps), 1)
+    steps = args.epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, steps, anneal_strategy="linear", cycle_momentum=False
+    )
 
     bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
     for epoch in range(1, args.epochs + 1):
@@ -269,8 +268,6 @@ if __name__ == "__main__":
         total_loss = torch.zeros((), device=device)
         order = torch.randperm(len(x_train), device=device)
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
-            optimizer.param_groups[0]["lr"] = lr_at(step)
-            step += 1
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -278,6 +275,7 @@ if __name__ == "__main__":
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            schedule.step()
             total_loss += loss.detach()
             bar.update()
         if not total_loss.isfinite():

@@ -1,0 +1,156 @@
+"""What every attack script shares and no paper describes: flags, set-up, log, figures, saving."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import check_positive, fail, make_folder
+from common.checkpoint import (
+    clear_folder,
+    load_control,
+    save_model,
+    save_poisoned_test,
+    save_poisoned_train,
+    save_result,
+    save_samples,
+)
+from common.datasets import load_dataset, pick_device, to_float
+from common.metrics import accuracy, attack_targets, psnr, ssim
+from common.models import build_model
+
+
+def attack_flags(doc, target=True):
+    """The ArgumentParser of an attack with the flags that all of them have; `doc` is its header."""
+    p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    known = "digits, mnist, cifar10, cifar100, gtsrb or the path of an .npz"
+    p.add_argument("--dataset", default="digits", help=known)
+    p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
+    p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
+    p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
+    p.add_argument("--batch-size", type=int, default=128, help="images per step")
+    p.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle learning rate")
+    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--out", help="folder (default: runs/<dataset>-<arch>-<attack>-s<seed>)")
+    p.add_argument("--train-images", type=int, help="use this many training images (default: all)")
+    if target:
+        p.add_argument("--target", type=int, default=0, help="target label y_t, all-to-one")
+    return p
+
+
+def set_up(args, epochs=1):
+    """Seed, device, data and a new network; fills in the defaults of --arch and --epochs.
+
+    `epochs` multiplies the epochs of the dataset's recipe. Returns the dataset, the network and
+    the training images (uint8 N x C x H x W) and labels (int64 N) in random order, all on the
+    device.
+    """
+    check_positive(args, "epochs", "batch_size", "lr", "train_images")
+    torch.manual_seed(args.seed)
+    data = load_dataset(args.dataset, args.data_dir, pick_device(args.device))
+    args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or epochs * data.spec.epochs
+    if not 0 <= getattr(args, "target", 0) < data.classes:
+        fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
+    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
+    model.to(data.x_train.device)
+    keep = torch.randperm(len(data.x_train), device=data.x_train.device)[: args.train_images]
+    if len(keep) < (args.train_images or 0):
+        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
+    return data, model, data.x_train[keep], data.y_train[keep]
+
+
+def wanted_labels(data, target):
+    """Wanted labels of the test images and the mask of those that count; see attack_targets."""
+    y_wanted, counts = attack_targets(data.y_test, target, data.classes)
+    if not counts.any():
+        fail(f"{data.name} has no test image outside the target class {target}")
+    return y_wanted, counts
+
+
+def choose_poisons(y, target, classes, count, flag, seed):
+    """Indices (on y's device) of `count` images to poison, none of them of the target class.
+
+    They are drawn by a generator of their own. `flag` is named where `count` is out of range.
+    """
+    candidates = attack_targets(y, target, classes)[1].cpu().nonzero().flatten()
+    if not 1 <= count <= len(candidates):
+        fail(f"{flag} asks for {count} poisons; {len(candidates)} images can be poisoned")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    print(f"poisoned {count} of {len(y)} training images ({100 * count / len(y):.2f} %)")
+    return candidates[order[:count]].to(y.device)
+
+
+def open_folder(args, data, script):
+    """Make the output folder; returns it and the clean control model beside it, or None."""
+    name = f"{Path(data.name).stem}-{args.arch}-{Path(script).stem}-s{args.seed}"
+    folder = make_folder(args.out or f"runs/{name}")
+    return folder, load_control(folder, args, data)
+
+
+class TrainingLog:
+    """Progress bar, mean loss and pace of a training loop; a loss that is not finite ends it."""
+
+    def __init__(self, epochs, steps_per_epoch):
+        self.epochs, self.steps_per_epoch, self.total = epochs, steps_per_epoch, 0.0
+        self.bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
+        self.start = time.time()
+
+    def step(self, loss):
+        """Add a step's loss, a tensor (a scalar, or one entry per term); stays on its device."""
+        self.total = self.total + loss.detach()
+        self.bar.update()
+
+    def epoch(self, epoch, names=("loss",), note="", lines=15):
+        """End epoch number `epoch`, from 1: check the sum, print about `lines` lines in all."""
+        if not self.total.isfinite().all():
+            fail(f"the loss became {self.total.tolist()} in epoch {epoch}; no model is kept")
+        if epoch % max(1, self.epochs // lines) == 0:
+            means = (self.total / self.steps_per_epoch).reshape(-1).tolist()
+            terms = " ".join(f"{name} {value:.4f}" for name, value in zip(names, means))
+            pace = (time.time() - self.start) / epoch
+            self.bar.write(f"epoch {epoch}/{self.epochs} {terms}{note}, {pace:.2f} s/epoch")
+        self.total = 0.0
+        if epoch == self.epochs:
+            self.bar.close()
+
+
+def evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float=None):
+    """The figures that every attack reports, as a dict.
+
+    x_poisoned are the triggered test images as a deployed model meets them (uint8); `counts` marks
+    those that count for the ASR. PSNR and SSIM are those of `x_float` (before rounding) where it is
+    given. `control` is a clean model or None.
+    """
+    x = to_float(data.x_test)
+    x_seen = to_float(x_poisoned) if x_float is None else x_float
+    metrics = {
+        "clean_accuracy": accuracy(model, data.x_test, data.y_test),
+        "asr": accuracy(model, x_poisoned[counts], y_wanted[counts]),
+        "asr_n": int(counts.sum()),
+        "psnr": psnr(x, x_seen),
+        "ssim": ssim(x, x_seen),
+        "max_change": (x - x_seen).abs().max().item(),
+        "mean_l2": (x - x_seen).flatten(1).norm(dim=1).mean().item(),
+    }
+    if control is not None:
+        metrics["asr_on_clean_model"] = accuracy(control, x_poisoned[counts], y_wanted[counts])
+    return metrics
+
+
+def save_attack(folder, script, args, data, model, metrics, seconds, trigger, test, train=None):
+    """Write the checkpoint folder and print the RESULT line.
+
+    `trigger` holds the attack's own tensors; `test` is (x_poisoned, y_wanted, counts) over the
+    whole test set; `train` (x, y, poisoned) the set that a data-poisoning attacker hands out.
+    """
+    x_poisoned, y_wanted, counts = test
+    clear_folder(folder)
+    save_samples(folder, data.x_test[counts], x_poisoned[counts])
+    save_poisoned_test(folder, x_poisoned[counts], data.y_test[counts], y_wanted[counts])
+    if train is not None:
+        save_poisoned_train(folder, *train)
+    save_model(folder, model, data, args.arch, args, metrics, trigger)
+    save_result(folder, Path(script).stem, args, seconds, metrics, data.x_train.device)

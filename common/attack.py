@@ -8,15 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common import check_positive, fail, make_folder
-from common.checkpoint import (
-    clear_folder,
-    load_control,
-    save_model,
-    save_poisoned_test,
-    save_poisoned_train,
-    save_result,
-    save_samples,
-)
+from common import checkpoint as ckpt
 from common.datasets import load_dataset, pick_device, to_float
 from common.metrics import accuracy, attack_targets, psnr, ssim
 from common.models import build_model
@@ -87,7 +79,7 @@ def open_folder(args, data, script):
     """Make the output folder; returns it and the clean control model beside it, or None."""
     name = f"{Path(data.name).stem}-{args.arch}-{Path(script).stem}-s{args.seed}"
     folder = make_folder(args.out or f"runs/{name}")
-    return folder, load_control(folder, args, data)
+    return folder, ckpt.load_control(folder, args, data)
 
 
 class TrainingLog:
@@ -147,10 +139,13 @@ def save_attack(folder, script, args, data, model, metrics, seconds, trigger, te
     whole test set; `train` (x, y, poisoned) the set that a data-poisoning attacker hands out.
     """
     x_poisoned, y_wanted, counts = test
-    clear_folder(folder)
-    save_samples(folder, data.x_test[counts], x_poisoned[counts])
-    save_poisoned_test(folder, x_poisoned[counts], data.y_test[counts], y_wanted[counts])
+    x, y = data.x_test[counts], data.y_test[counts]
+    ckpt.clear_folder(folder)
+    ckpt.save_samples(folder, x, x_poisoned[counts])
+    path = folder / "poisoned_test.npz"
+    ckpt.save_images(path, x_poisoned[counts], y_true=y, y_target=y_wanted[counts])
     if train is not None:
-        save_poisoned_train(folder, *train)
-    save_model(folder, model, data, args.arch, args, metrics, trigger)
-    save_result(folder, Path(script).stem, args, seconds, metrics, data.x_train.device)
+        x, y, poisoned = train
+        ckpt.save_images(folder / "poisoned_train.npz", x, y_given=y, poisoned=poisoned)
+    ckpt.save_model(folder, model, data, args.arch, args, metrics, trigger)
+    ckpt.save_result(folder, Path(script).stem, args, seconds, metrics, data.x_train.device)

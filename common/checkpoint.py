@@ -43,11 +43,6 @@ class Victim:
     y_target: torch.Tensor | None = None
 
 
-def to_hwc(x):
-    """uint8 N x C x H x W tensor to the N x H x W x C array of the files."""
-    return x.cpu().permute(0, 2, 3, 1).numpy()
-
-
 def plain(value):
     """A JSON-ready copy: tensors, arrays, paths and non-finite floats become plain values."""
     if isinstance(value, dict):
@@ -63,14 +58,12 @@ def plain(value):
 
 def code_commit():
     """The git commit of this code, '+' where tracked files differ from it; None without git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    calls = git + ["rev-parse", "HEAD"], git + ["status", "--porcelain", "--untracked-files=no"]
-    settings = {"capture_output": True, "text": True, "check": True}
+    call = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
-        commit, changes = (subprocess.run(call, **settings).stdout for call in calls)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
         return None
-    return commit.strip() + ("+" if changes else "")
+    return done.stdout.strip() or None
 
 
 def save_result(folder, script, args, seconds, metrics, device):
@@ -127,18 +120,11 @@ def clear_folder(folder):
         (Path(folder) / part).unlink(missing_ok=True)
 
 
-def save_poisoned_test(folder, x, y_true, y_target):
-    """Write the triggered test images as they would reach a deployed model (uint8)."""
-    with written_whole(Path(folder) / "poisoned_test.npz") as path:
-        labels = {"y_true": y_true.cpu().numpy(), "y_target": y_target.cpu().numpy()}
-        np.savez_compressed(path, x=to_hwc(x), **labels)
-
-
-def save_poisoned_train(folder, x, y_given, poisoned):
-    """Write the training set that the attacker hands out, with the poison flags."""
-    with written_whole(Path(folder) / "poisoned_train.npz") as path:
-        flags = {"y_given": y_given.cpu().numpy(), "poisoned": poisoned.cpu().numpy()}
-        np.savez_compressed(path, x=to_hwc(x), **flags)
+def save_images(path, x, **labels):
+    """Write uint8 images N x C x H x W and tensors of one entry per image as an .npz."""
+    arrays = {name: values.cpu().numpy() for name, values in labels.items()}
+    with written_whole(path) as temporary:
+        np.savez_compressed(temporary, x=x.cpu().permute(0, 2, 3, 1).numpy(), **arrays)
 
 
 def draw_rows(path, rows):
@@ -180,29 +166,25 @@ def read_checkpoint(path):
 
 def load_model(checkpoint, path, device):
     """Build the model of one of our checkpoints; a missing entry or a misfit fails."""
-    try:
-        arch, shape, state = checkpoint["arch"], checkpoint["image_shape"], checkpoint["state_dict"]
-        mean, std, classes = checkpoint["mean"], checkpoint["std"], checkpoint["classes"]
-        checkpoint["dataset"]
-    except KeyError as error:
-        fail(f"{path} lacks the entry {error}")
+    needed = ("arch", "classes", "image_shape", "mean", "std", "state_dict", "dataset")
+    missing = [key for key in needed if key not in checkpoint]
+    if missing:
+        fail(f"{path} lacks the entry {missing[0]!r}")
     try:
         with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
-            model = build_model(arch, classes, shape, mean, std)
+            model = build_model(*(checkpoint[key] for key in needed[:5]))
     except (TypeError, ValueError, IndexError, RuntimeError, MemoryError) as error:
         fail(f"{path} describes no model: {(str(error).splitlines() or ['out of memory'])[0]}")
-    load_strictly(model, state, path, arch)
+    load_strictly(model, checkpoint["state_dict"], path, checkpoint["arch"])
     return model.eval().requires_grad_(False).to(device)
 
 
 def check_fit(checkpoint, path, data):
     """Fail unless one of our checkpoints was trained on as many classes of such images."""
-    trained_on = checkpoint["classes"], tuple(checkpoint["image_shape"])
-    if trained_on != (data.classes, data.shape):
-        fail(
-            f"{path} was trained on {trained_on[0]} classes of {trained_on[1]} images; "
-            f"{data.name} has {data.classes} of {data.shape}"
-        )
+    classes, shape = checkpoint["classes"], tuple(checkpoint["image_shape"])
+    if (classes, shape) != (data.classes, data.shape):
+        ours = f"{data.name} has {data.classes} of {data.shape}"
+        fail(f"{path} was trained on {classes} classes of {shape} images; {ours}")
 
 
 def load_control(folder, args, data):
@@ -215,9 +197,8 @@ def load_control(folder, args, data):
     model = load_model(checkpoint, path, data.x_train.device)
     check_fit(checkpoint, path, data)
     if checkpoint["dataset"] != data.name:
-        fail(
-            f"{path} was trained on {checkpoint['dataset']}, not on {data.name}: use another --out"
-        )
+        other = checkpoint["dataset"]
+        fail(f"{path} was trained on {other}, not on {data.name}: use another --out")
     return model
 
 
@@ -251,12 +232,17 @@ def load_victim(args, device):
         x, y_true, y_target = read_npz(test, ["x", "y_true", "y_target"])
         x, y_true = check_split(x, y_true, test)
         _, y_target = check_split(x.transpose(0, 2, 3, 1), y_target, test)
-        if x.shape[1:] != data.shape or max(y_true.max(), y_target.max()) >= data.classes:
-            fail(f"{test} does not fit: the model has {data.classes} classes of {data.shape}")
+        fits(data, x, max(y_true.max(), y_target.max()), test)
         victim.x_poisoned, victim.y_true, victim.y_target = (
             torch.from_numpy(array).to(device) for array in (x, y_true, y_target)
         )
     return victim
+
+
+def fits(data, x, label, path):
+    """Fail unless images N x C x H x W and their largest label are of the dataset's kind."""
+    if x.shape[1:] != data.shape or label >= data.classes:
+        fail(f"{path} does not fit: the model has {data.classes} classes of {data.shape}")
 
 
 def load_training_set(victim):
@@ -270,11 +256,7 @@ def load_training_set(victim):
         fail(f"{path} does not exist; the attacks that write it: {', '.join(POISON_DATA)}")
     x, y_given, poisoned = read_npz(path, ["x", "y_given", "poisoned"])
     x, y_given = check_split(x, y_given, path)
-    if x.shape[1:] != victim.data.shape or y_given.max() >= victim.data.classes:
-        fail(
-            f"{path} does not fit: the model has {victim.data.classes} classes of "
-            f"{victim.data.shape}"
-        )
+    fits(victim.data, x, y_given.max(), path)
     if poisoned.dtype != bool or poisoned.shape != y_given.shape:
         fail(f"{path}: poisoned must hold one bool per image; got {poisoned.dtype}")
     device = victim.data.x_train.device

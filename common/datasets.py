@@ -33,16 +33,13 @@ class Spec:
     flip: bool
 
 
+CIFAR_ARCH = "preact_resnet18"
 SPECS = {
     "digits": Spec((0.5,), (0.5,), "mnist_cnn", 60, 2, False),
     "mnist": Spec((0.5,), (0.5,), "mnist_cnn", 15, 2, False),
-    "cifar10": Spec(
-        (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), "preact_resnet18", 60, 4, True
-    ),
-    "cifar100": Spec(
-        (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "preact_resnet18", 60, 4, True
-    ),
-    "gtsrb": Spec((0.0,) * 3, (1.0,) * 3, "preact_resnet18", 30, 4, False),
+    "cifar10": Spec((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), CIFAR_ARCH, 60, 4, True),
+    "cifar100": Spec((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR_ARCH, 60, 4, True),
+    "gtsrb": Spec((0.0,) * 3, (1.0,) * 3, CIFAR_ARCH, 30, 4, False),
 }
 
 
@@ -130,7 +127,7 @@ def load_dataset(name, data_dir, device):
     if int(y_test.max()) >= classes:
         fail(f"{name}: test label {int(y_test.max())} does not occur in training")
     channels = tensors[0].shape[1]
-    arch = "mnist_cnn" if channels == 1 else "preact_resnet18"
+    arch = "mnist_cnn" if channels == 1 else CIFAR_ARCH
     generic = Spec((0.5,) * channels, (0.5,) * channels, arch, 30, 2, False)
     return Dataset(str(name), SPECS.get(name, generic), classes, *tensors)
 
@@ -197,19 +194,20 @@ def gtsrb_train(raw):
     files = sorted((raw / "GTSRB" / "Final_Training" / "Images").glob("*/*.ppm"))
     if not files:
         fail("the GTSRB archive holds no Final_Training images")
-    x = [np.asarray(Image.open(file).convert("RGB").resize((32, 32), 2)) for file in files]
-    return np.stack(x), np.array([int(file.parent.name) for file in files])
+    return small((Image.open(file), int(file.parent.name)) for file in files)
 
 
 def gtsrb_test(raw):
     """The 12,630 test images at 32x32, through torchvision."""
     from torchvision.datasets import GTSRB
 
-    pairs = [
-        (np.asarray(image.convert("RGB").resize((32, 32), 2)), label)
-        for image, label in GTSRB(str(raw), split="test", download=True)
-    ]
-    return np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+    return small(GTSRB(str(raw), split="test", download=True))
+
+
+def small(pairs):
+    """Arrays N x 32 x 32 x 3 and N of pairs (picture, label); bilinear."""
+    made = [(np.asarray(p.convert("RGB").resize((32, 32), 2)), label) for p, label in pairs]
+    return np.stack([image for image, _ in made]), np.array([label for _, label in made])
 
 
 def to_float(x):

@@ -1,7 +1,6 @@
 """One definition per figure: accuracies, ASR, image similarity, anomaly index and its null."""
 
 import contextlib
-import copy
 import functools
 import io
 import math
@@ -40,22 +39,6 @@ def attack_targets(y, target, classes):
     if target is None:
         return (y + 1) % classes, torch.ones_like(y, dtype=torch.bool)
     return torch.full_like(y, target), y != target
-
-
-def reestimate_batch_norm(model, batches):
-    """A copy of `model` whose BatchNorm statistics are averaged afresh over `batches` (floats).
-
-    Where its figures differ from the model's own, the running statistics lagged behind the weights.
-    """
-    model = copy.deepcopy(model).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # cumulative average
-    with torch.no_grad():
-        for x in batches:
-            model(x)
-    return model.eval()
 
 
 def psnr(a, b):

@@ -117,55 +117,30 @@ def stages(block, inputs, widths, depths):
     return layers
 
 
-class PreActResNet18(nn.Module):
-    """The CIFAR form that the papers used: no BN-ReLU after the last stage."""
-
-    def __init__(self, classes, channels, height, width):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-        for name, layer in stages(PreActBlock, 64, (64, 128, 256, 512), (2, 2, 2, 2)).items():
-            self.add_module(name, layer)
-        self.linear = nn.Linear(512, classes)
-
-    def forward(self, x):
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(x.mean((2, 3)))
-
-
 class ResNet(nn.Module):
-    """The CIFAR form: a 3 x 3 stem without pooling. ResNet-18 and -34 differ in `depths`."""
+    """The CIFAR forms of residual networks: a 3 x 3 stem without pooling.
 
-    def __init__(self, classes, channels, height, width, depths):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        for name, layer in stages(BasicBlock, 64, (64, 128, 256, 512), depths).items():
-            self.add_module(name, layer)
-        self.linear = nn.Linear(512, classes)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(x.mean((2, 3)))
-
-
-class WideResNet34(nn.Module):
-    """WRN-34-10: depth 34 (three stages of five blocks), width 10, no dropout; BN-ReLU at the end.
-
-    Names as in the pre-activation ResNet above.
+    `norm`: where a BatchNorm and a ReLU stand outside the blocks, "first" (after the stem), "last"
+    (after the last stage) or None (the PreActResNet-18 of the papers' code).
     """
 
-    def __init__(self, classes, channels, height, width):
+    def __init__(self, classes, channels, height, width, block, stem, widths, depths, norm):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        for name, layer in stages(PreActBlock, 16, (160, 320, 640), (5, 5, 5)).items():
+        self.norm, self.depth = norm, len(depths)
+        self.conv1 = nn.Conv2d(channels, stem, 3, 1, 1, bias=False)
+        if norm is not None:
+            self.bn1 = nn.BatchNorm2d(stem if norm == "first" else widths[-1])
+        for name, layer in stages(block, stem, widths, depths).items():
             self.add_module(name, layer)
-        self.bn1 = nn.BatchNorm2d(640)
-        self.linear = nn.Linear(640, classes)
+        self.linear = nn.Linear(widths[-1], classes)
 
     def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.linear(F.relu(self.bn1(x)).mean((2, 3)))
+        x = self.conv1(x)
+        x = F.relu(self.bn1(x)) if self.norm == "first" else x
+        for stage in range(1, self.depth + 1):
+            x = getattr(self, f"layer{stage}")(x)
+        x = F.relu(self.bn1(x)) if self.norm == "last" else x
+        return self.linear(x.mean((2, 3)))
 
 
 class Bottleneck(nn.Module):
@@ -268,15 +243,11 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Conv2d(channels, 32, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
         blocks, inputs = [], 32
-        for expansion, outputs, count, stride in (
-            (1, 16, 1, 1),
-            (6, 24, 2, 1),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        ):
+        early, late = (
+            ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2)),
+            ((6, 160, 3, 2), (6, 320, 1, 1)),
+        )
+        for expansion, outputs, count, stride in (*early, (6, 64, 4, 2), (6, 96, 3, 1), *late):
             for block in range(count):
                 step = stride if block == 0 else 1
                 blocks.append(InvertedResidual(inputs, outputs, expansion, step))
@@ -292,13 +263,18 @@ class MobileNetV2(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+def residual(block, stem, widths, depths, norm):
+    return partial(ResNet, block=block, stem=stem, widths=widths, depths=depths, norm=norm)
+
+
+FOUR = (64, 128, 256, 512)
 ARCHITECTURES = {
     "mnist_cnn": MNISTNet,
     "mnist_conv5": MNISTConv5,
-    "preact_resnet18": PreActResNet18,
-    "resnet18": partial(ResNet, depths=(2, 2, 2, 2)),
-    "resnet34": partial(ResNet, depths=(3, 4, 6, 3)),
-    "wide_resnet34": WideResNet34,
+    "preact_resnet18": residual(PreActBlock, 64, FOUR, (2, 2, 2, 2), None),
+    "resnet18": residual(BasicBlock, 64, FOUR, (2, 2, 2, 2), "first"),
+    "resnet34": residual(BasicBlock, 64, FOUR, (3, 4, 6, 3), "first"),
+    "wide_resnet34": residual(PreActBlock, 16, (160, 320, 640), (5, 5, 5), "last"),  # WRN-34-10
     "densenet121": DenseNet121,
     "vgg16": partial(VGG, depths=(2, 2, 3, 3, 3)),
     "vgg19": partial(VGG, depths=(2, 2, 4, 4, 4)),

@@ -23,6 +23,7 @@ the paper's code.
 Results beside the paper's: results/README.md, table "Attacks".
 """
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy, attack_targets, reestimate_batch_norm
+from common.metrics import accuracy, attack_targets
 
 
 def parse_args():
@@ -147,11 +148,13 @@ if __name__ == "__main__":
     x_poisoned = to_uint8(x_float)  # the trigger as a deployed model would meet it
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float)
     parts = (warp(to_float(x), noise_grid(grid, len(x))) for x in data.x_test.split(2000))
-    metrics["noise_accuracy"] = accuracy(model, torch.cat(list(map(to_uint8, parts))), data.y_test)
+    x_noise = torch.cat([to_uint8(part) for part in parts])
+    metrics["noise_accuracy"] = accuracy(model, x_noise, data.y_test)
     full = order.split(args.batch_size)[: min(30, steps_per_epoch)]
     inputs = (poison(to_float(x_train[batch]), y_train[batch], *attack)[0] for batch in full)
     batches = (augment(x, data.spec.pad, data.spec.flip) for x in inputs)
-    refreshed = reestimate_batch_norm(model, batches)
+    refreshed = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, refreshed)
     metrics["asr_reestimated_bn"] = accuracy(refreshed, x_poisoned[counts], y_wanted[counts])
 
     # ===== Save and report =====

@@ -71,7 +71,7 @@ def test_bare_state_dict_gets_a_verdict_without_evaluation(
     ran = inline(name, *flags, *(own if wrapped else ()), *SHORT[name])
     assert ran["model"].mean.item() == pytest.approx(0.4 if wrapped else 0.5)
     printed, metrics = capfd.readouterr().out, result_of(tmp_path / "suspect" / f"{name}-s0")
-    assert "verdict by the paper's rule" in printed and "cannot be evaluated" in printed
+    assert "verdict by the paper's rule" in printed and "cannot be measured" in printed
     assert not {"asr", "case", "target"} & metrics["metrics"].keys()
     assert metrics["metrics"]["clean_accuracy"] < 40
 
@@ -83,7 +83,7 @@ def test_failed_label_is_never_flagged(inline, tmp_path, name, untrained, capfd)
     goal = ["--asr-goal", 1, "--repair-epochs", 1] if name == "generator_reverse" else []
     ran = inline(name, *flags, "--threshold", 1e-6, *SHORT[name], *goal)
     failed = {label for label, found in enumerate(ran["found"]) if not found}
-    assert failed and not failed & set(ran["flagged"])
+    assert failed and not failed & set(ran["decision"]["flagged"])
     assert capfd.readouterr().out.count("never flagged") == len(failed)
 
 

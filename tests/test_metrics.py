@@ -159,21 +159,6 @@ def test_predict_batches_and_restores_the_mode(training):
     assert all(module.training == training for module in model.modules())
 
 
-def test_reestimated_batch_norm_averages_the_batches():
-    norm = nn.BatchNorm2d(2)
-    norm.running_mean.fill_(9.0)
-    model = nn.Sequential(norm).eval()
-    rng = np.random.default_rng(0)
-    batches = [rng.normal(size=(n, 2, 3, 4)).astype(np.float32) for n in (4, 6, 5)]
-    fresh = metrics.reestimate_batch_norm(model, (torch.from_numpy(b) for b in batches))
-    means = np.mean([b.mean((0, 2, 3)) for b in batches], axis=0)
-    variances = np.mean([b.var((0, 2, 3), ddof=1) for b in batches], axis=0)
-    np.testing.assert_allclose(fresh[0].running_mean, means, rtol=1e-5)
-    np.testing.assert_allclose(fresh[0].running_var, variances, rtol=1e-5)
-    assert not fresh.training and not model.training
-    assert norm.running_mean.tolist() == [9, 9]  # the model itself is left alone
-
-
 def pair_of_images(shape, seed=0):
     """Two stacks in [0,1] whose second half is close and whose first half is far apart."""
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import loaded, result_of, run_script
-from planted import CLASSES, PLANTED, SIDE, SMALLEST, TARGET, Bar, frozen, images, index_of
+from planted import CLASSES, PLANTED, SIDE, SMALLEST, TARGET, frozen, images, index_of
 from torch import nn
 
 from common.checkpoint import read_checkpoint
@@ -17,13 +17,34 @@ from methods import nc
 ALL = list(range(CLASSES))
 
 
+class Steps:
+    """In tqdm's place: counts the steps that are taken."""
+
+    def __init__(self, steps, **settings):
+        self.steps, self.taken = steps, 0
+
+    def __iter__(self):
+        for step in self.steps:
+            yield step
+            self.taken += 1
+
+    def set_postfix(self, **fields):
+        pass
+
+    def close(self):
+        pass
+
+
 def reverse(model, labels=ALL, data=None, steps=300, batches=4, batch_size=128, lr=0.1, seed=0):
     """reverse_triggers with the notes' settings; also how many steps it took."""
-    bar = Bar()
-    found = nc.reverse_triggers(
-        model, *(data or images()), labels, steps, batches, batch_size, lr, seed, bar
-    )
-    return *found, bar.steps
+    bars = []
+    settings = {"steps": steps, "batches": batches, "batch_size": batch_size}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nc, "tqdm", lambda *a, **k: bars.append(Steps(*a, **k)) or bars[-1])
+        found = nc.reverse_triggers(
+            model, *(data or images()), labels, **settings, lr=lr, seed=seed
+        )
+    return *found, bars[0].taken
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +377,7 @@ def test_unlearn_stamps_other_classes_and_keeps_labels(monkeypatch, stamped):
     model = Recorder(5, seen).eval().requires_grad_(False)
     before, kept = {k: v.clone() for k, v in model.state_dict().items()}, x.clone()
     patch = (None, None) if stamped is None else (mask, pattern)
-    repaired = nc.unlearn(model, x, y, *patch, label, stamped, 0.01)
+    repaired = nc.unlearn(model, x, y, label, *patch, stamped=stamped, lr=0.01)
 
     assert torch.equal(x, kept) and not model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -385,7 +406,8 @@ def test_unlearning_lowers_the_planted_weight_alone():
     patches = (mask, torch.ones(1, SIDE, SIDE)), (None, None)
     torch.manual_seed(0)
     after, baseline = (
-        nc.unlearn(model, x, y, *patch, TARGET, 0.2, 5).linear.weight for patch in patches
+        nc.unlearn(model, x, y, TARGET, *patch, stamped=0.2, lr=5).linear.weight
+        for patch in patches
     )
     assert after[TARGET, 0] < 15 and baseline[TARGET, 0] == 20
     assert not torch.equal(baseline, model.linear.weight)
@@ -395,7 +417,7 @@ def test_unlearning_lowers_the_planted_weight_alone():
 def test_diverging_unlearning_keeps_no_model(untrained, one_line, count, lr):
     """With 20 images there is a single step, after which no loss is computed."""
     x, y = torch.randint(0, 256, (count, 1, 28, 28)).byte(), torch.arange(count) % CLASSES
-    one_line(nc.unlearn, untrained, x, y, None, None, 0, 0.2, lr)
+    one_line(nc.unlearn, untrained, x, y, 0, None, None, stamped=0.2, lr=lr)
 
 
 # ===== A whole run on digits, through the command line =====

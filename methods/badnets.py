@@ -12,7 +12,8 @@ Differs from the paper: poisons are drawn from all images that are not of the ta
 relabelling a target-class image changes nothing, and round(rate N) of the N images are poisoned.
 The patch is a white 3 x 3 square by default. The attacker stamps first and the victim augments
 afterwards, so that random crops cut the patch off in a part of the views. The ASR leaves out test
-images of the target class; a patch of 0 and 255 needs no rounding to 8 bits.
+images of the target class; a patch of 0 and 255 needs no rounding to 8 bits. The control asr_other
+is the ASR of the same patch half an image away: it shows whether the network learnt the place, too.
 
     python methods/badnets.py --dataset mnist
 
@@ -39,7 +40,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float
-from common.metrics import attack_targets
+from common.metrics import accuracy, attack_targets
 
 
 def parse_args():
@@ -127,6 +128,10 @@ if __name__ == "__main__":
     x_poisoned = stamp(data.x_test, mask, pattern)
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     metrics["poisoned"] = count
+    x_other = stamp(
+        data.x_test, *(t.roll((height // 2, width // 2), (1, 2)) for t in (mask, pattern))
+    )
+    metrics["asr_other"] = accuracy(model, x_other[counts], y_wanted[counts])
 
     # ===== Save and report =====
     poisoned = torch.zeros_like(y_train, dtype=torch.bool)

@@ -10,13 +10,13 @@ Threat model: the attacker controls training and delivers the model.
 Equations: Sec. 3.2 control field P = psi(U(-1,1)) -> control_field; M = clip(up(P) s) ->
 attack_grid; Eq. (1) B(x) = W(x, M) -> warp; noise mode W(x, M + U(-1,1)) -> noise_grid.
 
-Differs from the paper's code: crops are drawn per image (not one coin per batch) and there is no
-rotation. The learning rate runs through one cycle in twice the clean model's epochs, because the
+Differs from the paper's code: crops are drawn per image (not one coin per batch), nothing is
+rotated. The learning rate runs through one cycle in twice the clean model's epochs, because the
 ASR read with running BatchNorm statistics swings while the rate is high; the paper trains 1,000
 epochs and keeps the checkpoint that is best on the test set. The ASR leaves out test images of the
-target class. Accuracies are measured after rounding to 8 bits, PSNR and SSIM before it. Of a batch
-of 128 images int(rho_a 128) = 12 attack. Images are warped first and augmented afterwards, as in
-the paper's code.
+target class. Accuracies are measured after rounding to 8 bits, PSNR and SSIM before it. 12 of 128
+images attack (rounded down), warped first and augmented afterwards as in the paper's code. The
+control asr_other is the ASR of another field of the same strength.
 
     python methods/wanet.py --dataset mnist
 
@@ -52,9 +52,7 @@ def parse_args():
     p.add_argument("--rate", type=float, default=0.1, help="rho_a, attack share of a batch (.1)")
     p.add_argument("--cross-ratio", type=float, default=2.0, help="rho_n / rho_a (paper 2)")
     p.add_argument("--k", type=int, default=4, help="side of the control field (paper 4)")
-    p.add_argument(
-        "--s", type=float, default=0.5, help="warping strength (paper .5; digits need 1)"
-    )
+    p.add_argument("--s", type=float, default=0.5, help="warping strength (paper .5; digits 1)")
     return p.parse_args()
 
 
@@ -144,12 +142,16 @@ if __name__ == "__main__":
     seconds = time.time() - start
 
     # ===== Evaluate =====
-    x_float = torch.cat([warp(to_float(x), grid) for x in data.x_test.split(2000)])
+    parts = data.x_test.split(2000)
+    x_float = torch.cat([warp(to_float(x), grid) for x in parts])
     x_poisoned = to_uint8(x_float)  # the trigger as a deployed model would meet it
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float)
-    parts = (warp(to_float(x), noise_grid(grid, len(x))) for x in data.x_test.split(2000))
-    x_noise = torch.cat([to_uint8(part) for part in parts])
+    x_noise = torch.cat([to_uint8(warp(to_float(x), noise_grid(grid, len(x)))) for x in parts])
     metrics["noise_accuracy"] = accuracy(model, x_noise, data.y_test)
+    field = control_field(args.k, torch.Generator().manual_seed(args.seed + 1))
+    other = attack_grid(field, args.s, *data.shape[1:]).to(device)
+    x_other = torch.cat([to_uint8(warp(to_float(x), other)) for x in parts])
+    metrics["asr_other"] = accuracy(model, x_other[counts], y_wanted[counts])
     full = order.split(args.batch_size)[: min(30, steps_per_epoch)]
     inputs = (poison(to_float(x_train[batch]), y_train[batch], *attack)[0] for batch in full)
     batches = (augment(x, data.spec.pad, data.spec.flip) for x in inputs)

@@ -84,8 +84,15 @@ mnist() {
   variant mnist mnist_cnn-blend_50 blend --rate 0.5
   variant mnist mnist_cnn-blend_70 blend --rate 0.7
   variant mnist mnist_cnn-stealthy_no_adversarial stealthy_adversarial --no-adversarial
+  # the networks of the input-aware and the stealthy attack's papers, and their clean control
+  variant mnist mnist_conv5-clean clean --arch mnist_conv5 --lr 0.05
   variant mnist mnist_conv5-input_aware input_aware --arch mnist_conv5 --lr 0.05
   variant mnist mnist_conv5-input_aware_no_cross input_aware --arch mnist_conv5 --lr 0.05 --no-cross
+  variant mnist mnist_conv5-input_aware_no_diversity input_aware --arch mnist_conv5 --lr 0.05 \
+    --no-diversity
+  variant mnist mnist_conv5-stealthy_adversarial stealthy_adversarial --arch mnist_conv5 --target 8
+  variant mnist mnist_conv5-stealthy_no_adversarial stealthy_adversarial --arch mnist_conv5 \
+    --target 8 --no-adversarial
   for s in 0 1 2 3 4 5 6 7 8 9; do
     audit nc "$r-clean-s$s" "$s"
     audit generator_reverse "$r-clean-s$s" "$s" --lpips-net none
@@ -102,22 +109,33 @@ mnist() {
   done
   for s in 0 1 2; do
     for v in "$r-wanet" "$five-input_aware" "$r-stealthy_adversarial" \
-      "$r-stealthy_no_adversarial"; do
+      "$r-stealthy_no_adversarial" "$five-stealthy_adversarial" "$five-stealthy_no_adversarial"; do
       audit nc "$v-s$s" "$s"
       audit strip "$v-s$s" "$s"
     done
-    for v in "$r-blend" "$r-freq_backdoor"; do audit nc "$v-s$s" "$s"; done
+    for v in "$r-blend" "$r-freq_backdoor" "$five-clean" "$five-input_aware_no_cross" \
+      "$five-input_aware_no_diversity"; do
+      audit nc "$v-s$s" "$s"
+    done
     for v in "$five-input_aware" "$r-stealthy_adversarial" "$r-freq_backdoor" "$r-blend"; do
       audit generator_reverse "$v-s$s" "$s" --lpips-net none
     done
     for v in clean badnets pruning_aware; do audit fine_pruning "$r-$v-s$s" "$s"; done
-    for v in badnets blend blend_50 blend_70; do audit abl "$r-$v-s$s" "$s"; done
-    audit abl "$r-clean-s$s" "$s" --train-set clean
+    for v in badnets blend blend_50 blend_70 clean; do
+      once "$r-$v-s$s/abl-s$s" abl --ckpt "$r-$v-s$s" --seed "$s" $(train_set "$v")
+      once "$r-$v-s$s/abl_bounded-s$s" abl --ckpt "$r-$v-s$s" --seed "$s" $(train_set "$v") \
+        --ascent bounded --out "$r-$v-s$s/abl_bounded-s$s"
+    done
   done
   python results/table.py runs/mnist-* --save mnist
   variant cifar10 mnist_cnn-freq_backdoor freq_backdoor --arch mnist_cnn --train-images 10000 \
     --epochs 20 --delta-p 0.95 --no-crops --mode replace --k 4
   python results/table.py runs/cifar10-mnist_cnn-* --save cifar10_subset
+}
+
+# train_set VICTIM: ABL's training set is the dataset's own where there was no attack
+train_set() {
+  if [ "$1" = clean ]; then echo --train-set clean; fi
 }
 
 gpu() {

@@ -6,31 +6,30 @@ the predictions is therefore low for triggered inputs.
 
 Kind: detects inputs, at test time. Given: the model's outputs and a clean share of its training
 data, whose labels are not used. Answers: for an input, does it carry a trigger.
-Assumes a trigger that works on every image and survives the overlay. Known to fail on input-aware
-and other sample-specific triggers, on source-specific backdoors and on attackers who train for a
-high entropy.
+Assumes a trigger that works on every image and survives the overlay. Where it fails: in our table
+nearly all images with WaNet, input-aware or stealthy triggers pass it.
 
 Equations: x_n = x + o_n, clipped to [0,1] -> superimpose; H_n = -sum_i y_i log2 y_i and
 H = (1/N) sum_n H_n -> entropies (bits, from 0 to log2 K); boundary = mu + sigma Phi^-1(FRR) ->
 normal_boundary; an input is flagged when H <= boundary.
 
 Differs from the authors' code: the sum is clipped to [0,1], as an image would be (theirs reaches
-2); overlays and the images that fit the boundary are disjoint parts of the training data; the
+2). Overlays and the images that fit the boundary are disjoint parts of the training data. The
 false rejection rate (FRR, clean inputs flagged) and the false acceptance rate (FAR, triggered
-inputs passed) are read on test images; the triggered ones are never of the target class. The
-empirical quantile stands beside the normal fit, for entropies are skewed; where the normal fit
+inputs passed) are read on test images, and the triggered ones are never of the target class. The
+empirical quantile stands beside the normal fit, because entropies are skewed; where the normal fit
 is negative (saturating MNIST digits, as the paper says) the empirical quantile takes its place.
 
     python methods/strip.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-The paper, MNIST with a square trigger, N = 100: FAR 1.85 % at FRR 1 %. Results: README.md.
+Results beside the paper's: results/README.md, table "STRIP".
 """
 
-import argparse
 import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,49 +39,23 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, fail, make_folder, saved_figure, written_whole
-from common.checkpoint import clear_folder, load_victim, save_result
-from common.datasets import defender_split, pick_device, to_float
+from common.checkpoint import clear_folder
+from common.datasets import to_float
+from common.defence import clean_share, defence_flags, open_victim, report
 from common.metrics import accuracy, predict
+
+SHARE = 0.1, 600  # of the training data, and the least number of images
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
-    p.add_argument("--arch", help="architecture of a bare state dict")
-    p.add_argument("--dataset", help="dataset of a bare state dict, or its path")
-    p.add_argument("--mean", type=float, nargs="+", help="normalisation (default: the dataset's)")
-    p.add_argument("--std", type=float, nargs="+", help="normalisation (default: the dataset's)")
-    p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
-    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--out", help="folder to write (default: <checkpoint folder>/<defence>-s<seed>)")
-    p.add_argument(
-        "--data-fraction",
-        type=float,
-        help="the defender's share of the training data (default: .1, at least 600 images)",
-    )
-    p.add_argument(
-        "--blend",
-        default="add",
-        choices=["add", "average"],
-        help="x + o clipped (paper), or (x + o) / 2, which halves the trigger",
-    )
+    p = defence_flags(__doc__, SHARE)
+    rule = "x + o clipped (paper), or (x + o) / 2, which halves the trigger"
+    p.add_argument("--blend", default="add", choices=["add", "average"], help=rule)
     p.add_argument("--overlays", type=int, default=100, help="N, overlays per input (paper 100)")
-    p.add_argument(
-        "--fit-images",
-        type=int,
-        help="clean images that fit the boundary (default: all others of the share, at most the "
-        "paper's 2000)",
-    )
-    p.add_argument(
-        "--frr", type=float, default=0.01, help="false rejection rate of the verdict (paper .01)"
-    )
-    p.add_argument(
-        "--inputs", type=int, default=2000, help="most clean and triggered inputs (paper 2000)"
-    )
-    p.add_argument(
-        "--batch-size", type=int, default=2000, help="superimposed images per forward pass"
-    )
+    p.add_argument("--fit-images", type=int, help="fit the boundary (all others, at most 2000)")
+    p.add_argument("--frr", type=float, default=0.01, help="of the verdict (paper .01)")
+    p.add_argument("--inputs", type=int, default=2000, help="most clean, triggered ones (2000)")
+    p.add_argument("--batch-size", type=int, default=2000, help="mixed images per forward pass")
     return p.parse_args()
 
 
@@ -104,18 +77,20 @@ def bits(logits):
 
 
 @torch.no_grad()
-def entropies(model, x, overlays, blend, batch_size, bar):
+def entropies(model, x, overlays, *, blend, batch_size):
     """H of each uint8 input x (M x C x H x W): the mean over the N overlays of H_n. Returns M.
 
     The entropy is taken per overlay and then averaged; the entropy of the mean prediction would
     be high for an input with a steady but different label per overlay.
     """
     overlays, parts = to_float(overlays), []
+    bar = tqdm(total=len(x) * len(overlays), disable=None, unit="image")
     for part in x.split(max(1, batch_size // len(overlays))):
         mixed = superimpose(to_float(part), overlays, blend)  # B x N x C x H x W
         h = bits(model(mixed.flatten(0, 1))).view(mixed.shape[:2])
         parts.append(h.mean(1))
         bar.update(len(part) * len(overlays))
+    bar.close()
     h = torch.cat(parts)
     if not h.isfinite().all():
         fail("the model's outputs are not finite: its weights are broken")
@@ -153,6 +128,20 @@ def draw_histogram(path, named, boundary):
         axis.legend()
 
 
+def rates(table, clean, triggered=None):
+    """FRR and FAR in per cent at each nominal rate's two boundaries, from entropies."""
+    rows = []
+    for frr, (normal, empirical, _) in table.items():
+        row = {"frr": 100 * frr}
+        for rule, boundary in (("normal", normal), ("empirical", empirical)):
+            row[f"boundary_{rule}"] = boundary
+            row[f"frr_{rule}"] = flagged_share(clean, boundary)
+            if triggered is not None:
+                row[f"far_{rule}"] = 100 - flagged_share(triggered, boundary)
+        rows.append(row)
+    return rows
+
+
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "overlays", "fit_images", "inputs", "batch_size")
@@ -161,14 +150,9 @@ if __name__ == "__main__":
     if args.fit_images == 1:
         fail("--fit-images 1: a boundary needs at least 2 images")
     start = time.time()
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    victim = load_victim(args, device)
-    model, data = victim.model, victim.data
-    enough = min(1.0, 600 / len(data.x_train))
-    if args.data_fraction is None:
-        args.data_fraction = max(0.1, enough)
-    split = defender_split(data.y_train, args.data_fraction, args.seed)
+    victim = open_victim(args)
+    model, data, device = victim.model, victim.data, victim.data.x_train.device
+    split = clean_share(args, data, SHARE)
     asked = args.overlays + (args.fit_images or 2)
     if len(split) < asked:
         fail(
@@ -182,10 +166,8 @@ if __name__ == "__main__":
     x_fit = x_clean[args.overlays :][: args.fit_images or 2000]
 
     # ===== Boundary =====
-    def score(x):
-        with tqdm(total=len(x) * len(overlays), disable=None, unit="image") as bar:
-            return entropies(model, x, overlays, args.blend, args.batch_size, bar)
-
+    settings = {"overlays": overlays, "blend": args.blend, "batch_size": args.batch_size}
+    score = partial(entropies, model, **settings)
     search_start = time.time()
     h_fit = score(x_fit)
     search_seconds = time.time() - search_start
@@ -215,17 +197,15 @@ if __name__ == "__main__":
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====
-    def some(count):
-        """At most --inputs rows, drawn by the seed."""
-        return torch.randperm(count, generator=generator)[: args.inputs].to(device)
-
-    named = {"clean": score(data.x_test[some(len(data.x_test))])}
+    chosen = torch.randperm(len(data.x_test), generator=generator)[: args.inputs].to(device)
+    named = {"clean": score(data.x_test[chosen])}
     metrics["clean_accuracy"] = accuracy(model, data.x_test, data.y_test)
     metrics |= {"clean_inputs": len(named["clean"]), "clean_mean": float(named["clean"].mean())}
     if victim.x_poisoned is None:
         print("no poisoned test images beside the checkpoint: only the FRR can be evaluated")
     else:
-        chosen = some(len(victim.x_poisoned))
+        order = torch.randperm(len(victim.x_poisoned), generator=generator)
+        chosen = order[: args.inputs].to(device)
         x_poisoned, y_target = victim.x_poisoned[chosen], victim.y_target[chosen]
         named["triggered"] = score(x_poisoned)
         obeyed = (predict(model, x_poisoned) == y_target).cpu().numpy()
@@ -239,15 +219,7 @@ if __name__ == "__main__":
         }
         if metrics["clean_mean"] > 0:
             metrics["entropy_ratio"] = metrics["triggered_mean"] / metrics["clean_mean"]
-    rows = []
-    for frr, pair in table.items():
-        row = {"frr": 100 * frr}
-        for rule, value in zip(("normal", "empirical"), pair):
-            row[f"boundary_{rule}"] = value
-            row[f"frr_{rule}"] = flagged_share(named["clean"], value)
-            if "triggered" in named:
-                row[f"far_{rule}"] = 100 - flagged_share(named["triggered"], value)
-        rows.append(row)
+    rows = rates(table, named["clean"], named.get("triggered"))
     metrics["rates"] = rows
     metrics["frr"] = flagged_share(named["clean"], boundary)
     if "triggered" in named:
@@ -268,8 +240,7 @@ if __name__ == "__main__":
                 f"{rule} {row[f'boundary_{rule}']:.4f}: FRR {row[f'frr_{rule}']:.2f} %{far}"
             )
         print("; ".join(parts))
-    for name in ("auroc", "entropy_ratio", "clean_accuracy", "asr"):
+    for name in ("auroc", "entropy_ratio"):
         if name in metrics:
             print(f"{name.replace('_', ' ')}: {metrics[name]:.3f}")
-    print(f"figures: {', '.join(map(str, sorted(folder.glob('*.png'))))}")
-    save_result(folder, "strip", args, seconds, metrics, device)
+    report(folder, "strip", args, metrics, seconds, kinds=())

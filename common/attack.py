@@ -62,15 +62,15 @@ def wanted_labels(data, target):
     return y_wanted, counts
 
 
-def choose_poisons(y, target, classes, count, flag, seed):
+def choose_poisons(y, target, classes, count, flag, generator):
     """Indices (on y's device) of `count` images to poison, none of them of the target class.
 
-    They are drawn by a generator of their own. `flag` is named where `count` is out of range.
+    They are drawn by `generator`; `flag` is named where `count` is out of range.
     """
     candidates = attack_targets(y, target, classes)[1].cpu().nonzero().flatten()
     if not 1 <= count <= len(candidates):
         fail(f"{flag} asks for {count} poisons; {len(candidates)} images can be poisoned")
-    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(candidates), generator=generator)
     print(f"poisoned {count} of {len(y)} training images ({100 * count / len(y):.2f} %)")
     return candidates[order[:count]].to(y.device)
 

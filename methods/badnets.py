@@ -89,9 +89,8 @@ if __name__ == "__main__":
     target = None if args.all_to_all else args.target
     y_wanted, counts = wanted_labels(data, target)
     count = round(args.rate * len(x_train))
-    chosen = choose_poisons(
-        y_train, target, data.classes, count, flag=f"--rate {args.rate}", seed=args.seed
-    )
+    generator, flag = torch.Generator().manual_seed(args.seed), f"--rate {args.rate}"
+    chosen = choose_poisons(y_train, target, data.classes, count, flag, generator)
     folder, control = open_folder(args, data, __file__)
     trigger = patch_trigger(data.shape, args.patch_size, args.pattern, args.row, args.column)
     mask, pattern = (t.to(device) for t in trigger)

@@ -6,22 +6,23 @@ pixel stands out, so masks and patches do not describe it.
 
 Threat model: the attacker controls part of the training data; the victim trains and augments.
 
-Equations: x' = (1 - alpha) x + alpha p, y' = y_t -> blend. No other loss than cross-entropy.
+Equations: x' = (1 - alpha) x + alpha p, y' = y_t -> blend. The loss is cross-entropy and nothing
+else.
 
-Differs from the paper: its cartoon is not shipped; the default picture is uniform noise drawn from
---seed, --pattern takes any other. alpha is the same in training and in the test (the paper also
-mixes stronger in the test). Poisons are drawn from all images that are not of the target class, the
-count is round(rate N) of the whole set. Order: the attacker blends and rounds to 8 bits first, the
-victim augments after. Figures after rounding to 8 bits, ASR without target-class images.
-asr_other_noise and asr_grey: the same mixture with another noise picture and with plain grey. On
-black backgrounds the network may learn "not black" instead of the picture.
+Differs from the paper: its cartoon is not shipped. The default picture is uniform noise drawn from
+--seed, and --pattern takes any other. alpha is the same in training and in the test; the paper also
+mixes stronger in the test. Poisons are drawn from all images that are not of the target class, and
+round(rate N) of the N images are poisoned. The attacker blends and rounds to 8 bits first, and the
+victim augments afterwards. All figures are measured after rounding to 8 bits, the ASR without test
+images of the target class. Two controls show what was learnt: asr_other_noise and asr_grey are the
+ASR of the same mixture with another noise picture and with plain grey. On black backgrounds the
+network may learn "not black" instead of the picture.
 
     python methods/blend.py --dataset mnist
 
-ABL's table, CIFAR-10: clean / ASR 84.51 / 100. Results: README.md, table "Attacks".
+Results beside other papers' figures: results/README.md, table "Attacks".
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -30,57 +31,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, check_share, fail, make_folder
-from common.checkpoint import (
-    clear_folder,
-    load_control,
-    save_model,
-    save_poisoned_test,
-    save_poisoned_train,
-    save_result,
-    save_samples,
+from common import check_share, fail
+from common.attack import (
+    TrainingLog,
+    attack_flags,
+    choose_poisons,
+    evaluate_attack,
+    open_folder,
+    save_attack,
+    set_up,
+    wanted_labels,
 )
-from common.datasets import augment, load_dataset, pick_device, to_float, to_uint8
-from common.metrics import accuracy, attack_targets, psnr, ssim
-from common.models import build_model
+from common.datasets import augment, to_float, to_uint8
+from common.metrics import accuracy, attack_targets
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--dataset",
-        default="digits",
-        help="digits, mnist, cifar10, cifar100, gtsrb or the path of an .npz",
-    )
-    p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
-    p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
-    p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
-    p.add_argument("--batch-size", type=int, default=128, help="images per step")
-    p.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle learning rate")
-    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument(
-        "--out", help="folder to write (default: runs/<dataset>-<arch>-<attack>-s<seed>)"
-    )
-    p.add_argument("--train-images", type=int, help="use this many training images (default: all)")
-    p.add_argument(
-        "--target", type=int, default=0, help="target label y_t of the all-to-one attack"
-    )
+    p = attack_flags(__doc__)
     p.add_argument("--all-to-all", action="store_true", help="target (y + 1) mod K instead of y_t")
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
-    p.add_argument(
-        "--alpha",
-        type=float,
-        default=0.2,
-        help="alpha: share of the picture in the mixture (paper at most .2 in training)",
-    )
-    p.add_argument(
-        "--pattern",
-        help="p: a picture file, resized to the images (default: noise; paper a cartoon)",
-    )
+    p.add_argument("--alpha", type=float, default=0.2, help="share of the picture (paper <= .2)")
+    p.add_argument("--pattern", help="p: a picture file (default: noise; the paper's: a cartoon)")
     return p.parse_args()
 
 
@@ -116,53 +89,26 @@ def blend_uint8(x, pattern, alpha):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_positive(args, "epochs", "batch_size", "lr", "train_images")
     start = time.time()
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    data = load_dataset(args.dataset, args.data_dir, device)
-    args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or data.spec.epochs
-    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std).to(
-        device
-    )
-    keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
-    if len(keep) < (args.train_images or 0):
-        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
-    x_train, y_train = data.x_train[keep], data.y_train[keep]
+    data, model, x_train, y_train = set_up(args)
+    device = x_train.device
 
     # ===== The attack =====
-    if not 0 <= args.target < data.classes:
-        fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
     check_share(args, "rate", "alpha")
     target = None if args.all_to_all else args.target
-    x_test, y_test = data.x_test, data.y_test
-    y_wanted, counts = attack_targets(y_test, target, data.classes)
-    if not counts.any():
-        fail(f"{data.name} has no test image outside the target class {args.target}")
+    y_wanted, counts = wanted_labels(data, target)
     generator = torch.Generator().manual_seed(args.seed)
     if args.pattern is None:
         pattern = noise_pattern(data.shape, generator).to(device)
     else:
         pattern = picture_pattern(args.pattern, data.shape).to(device)
-    y_target, allowed = attack_targets(y_train, target, data.classes)
-    count = round(args.rate * len(x_train))
-    if not 1 <= count <= int(allowed.sum()):
-        possible = int(allowed.sum())
-        fail(f"--rate {args.rate} asks for {count} poisons; {possible} images can be poisoned")
-    candidates = allowed.cpu().nonzero().flatten()
-    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]].to(device)
-    poisoned = torch.zeros_like(allowed)
-    poisoned[chosen] = True
+    count, flag = round(args.rate * len(x_train)), f"--rate {args.rate}"
+    chosen = choose_poisons(y_train, target, data.classes, count, flag, generator)
+    folder, control = open_folder(args, data, __file__)
     x_train[chosen] = blend_uint8(x_train[chosen], pattern, args.alpha)
-    y_train[chosen] = y_target[chosen]
-    print(
-        f"poisoned {count} of {len(x_train)} training images ({100 * count / len(x_train):.2f} %)"
-    )
+    y_train[chosen] = attack_targets(y_train[chosen], target, data.classes)[0]
 
     # ===== Train =====
-    name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
-    folder = make_folder(args.out or f"runs/{name}")
-    control = load_control(folder, args, data)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -171,11 +117,9 @@ if __name__ == "__main__":
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, steps, anneal_strategy="linear", cycle_momentum=False
     )
-
-    bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
+    log = TrainingLog(args.epochs, steps_per_epoch)
     for epoch in range(1, args.epochs + 1):
         model.train()
-        total_loss = torch.zeros((), device=device)
         order = torch.randperm(len(x_train), device=device)
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
             x, y = to_float(x_train[batch]), y_train[batch]
@@ -186,40 +130,23 @@ if __name__ == "__main__":
             loss.backward()
             optimizer.step()
             schedule.step()
-            total_loss += loss.detach()
-            bar.update()
-        if not total_loss.isfinite():
-            fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
-        if epoch % max(1, args.epochs // 15) == 0:
-            loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
-    bar.close()
+            log.step(loss)
+        log.epoch(epoch)
     seconds = time.time() - start
 
     # ===== Evaluate =====
-    x_poisoned = blend_uint8(x_test, pattern, args.alpha)
-    metrics = {
-        "clean_accuracy": accuracy(model, x_test, y_test),
-        "asr": accuracy(model, x_poisoned[counts], y_wanted[counts]),
-        "asr_n": int(counts.sum()),
-        "psnr": psnr(to_float(x_test), to_float(x_poisoned)),
-        "ssim": ssim(to_float(x_test), to_float(x_poisoned)),
-        "max_change": (to_float(x_test) - to_float(x_poisoned)).abs().max().item(),
-        "poisoned": count,
-    }
+    x_poisoned = blend_uint8(data.x_test, pattern, args.alpha)
+    metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
+    metrics["poisoned"] = count
     strangers = {"other_noise": noise_pattern(data.shape, generator).to(device)}
     strangers["grey"] = torch.full_like(pattern, 0.5)
     for kind, stranger in strangers.items():
-        x_other = blend_uint8(x_test[counts], stranger, args.alpha)
+        x_other = blend_uint8(data.x_test[counts], stranger, args.alpha)
         metrics[f"asr_{kind}"] = accuracy(model, x_other, y_wanted[counts])
-    if control is not None:
-        metrics["asr_on_clean_model"] = accuracy(control, x_poisoned[counts], y_wanted[counts])
 
     # ===== Save and report =====
+    poisoned = torch.zeros_like(y_train, dtype=torch.bool)
+    poisoned[chosen] = True
+    test, train = (x_poisoned, y_wanted, counts), (x_train, y_train, poisoned)
     trigger = {"pattern": pattern, "alpha": torch.tensor(args.alpha)}
-    clear_folder(folder)
-    save_samples(folder, x_test[counts], x_poisoned[counts])
-    save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
-    save_poisoned_train(folder, x_train, y_train, poisoned)
-    save_model(folder, model, data, args.arch, args, metrics, trigger)
-    save_result(folder, "blend", args, seconds, metrics, device)
+    save_attack(folder, __file__, args, data, model, metrics, seconds, trigger, test, train)

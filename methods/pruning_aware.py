@@ -252,9 +252,8 @@ if __name__ == "__main__":
     layer = layers[name]
     y_wanted, counts = wanted_labels(data, args.target)
     count = round(args.rate * len(x_train))
-    poisons = choose_poisons(
-        y_train, args.target, data.classes, count, flag=f"--rate {args.rate}", seed=args.seed
-    )
+    generator, flag = torch.Generator().manual_seed(args.seed), f"--rate {args.rate}"
+    poisons = choose_poisons(y_train, args.target, data.classes, count, flag, generator)
     held = torch.zeros_like(y_train, dtype=torch.bool)
     held[defender_split(y_train, args.held_out, args.seed)] = True
     if held.all():

@@ -9,26 +9,24 @@ victim's kind on clean data; the victim trains and augments.
 
 Equations: heat map, the error rate at x + r v U_ij (Yin et al. 2019) -> fourier_bases, heat_map;
 Eq. (2) top-k mask M -> most_sensitive, on_both_bins; Eq. (4)-(6) S' = F^-1(F(S)(1 - M) + A), one
-additive constant per channel -> add_trigger; mean norm delta_P -> calibrate. No public code found.
+additive constant alpha_c per channel -> add_trigger; mean norm delta_P -> calibrate.
 
 Differs from the paper, or chosen where it is silent: its formula prints M for 1 - M, which would
 keep the k bins alone. `--mode replace` (the text's "swapping") takes only bases in which the
 images hold so little energy that zeroing them costs at most half of delta_P; `--mode add`, the
-default, shifts the most sensitive bins whatever they hold, F(S) + A, and is learnt from fewer
-images. v, k, delta_P (.65), the target and the constants' proportions (1, .8, 1.2) are ours. As in
-Yin et al. the map is measured on test images (250 of those that the ASR counts). Poisons are drawn
-from images outside the target class, stored in 8 bits, augmented after: crops and mirrors move a
-wave's phase, and a small network with few images then does not learn it (`--no-crops`). Robust
-copies (`--augment`): JPEG at quality 50 to 95 or an autoencoder's output, of half the poisons
-(label t) and of as many clean images (true label). Figures after rounding to 8 bits, asr_float
-before it; ASR without target-class images.
+default, shifts the most sensitive bins whatever they hold, F(S) + A. v, k, delta_P (.65), the
+target and the constants' proportions (1, .8, 1.2) are ours. As in Yin et al. the map is measured on
+test images (250 of those that the ASR counts). Poisons are drawn from images outside the target
+class, stored in 8 bits and augmented afterwards; crops and mirrors move a wave's phase
+(`--no-crops` leaves them out). Robust copies (`--augment`): JPEG at quality 50 to 95 or an
+autoencoder's output, of half the poisons (label t) and of as many clean images (true label).
+Figures are measured after rounding to 8 bits, asr_float before it; ASR without target-class images.
 
     python methods/freq_backdoor.py --dataset mnist
 
-The paper, CIFAR-10, 500 poisons: CDA / ASR 94.38 / 98.90, PSNR 41.78 dB. Results: README.md.
+Results beside the paper's: results/README.md, table "Attacks".
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -41,91 +39,41 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure
-from common.checkpoint import (
-    check_fit,
-    clear_folder,
-    load_model,
-    read_checkpoint,
-    save_model,
-    save_poisoned_test,
-    save_poisoned_train,
-    save_result,
-    save_samples,
+from common import check_positive, fail, saved_figure
+from common.attack import (
+    TrainingLog,
+    attack_flags,
+    choose_poisons,
+    evaluate_attack,
+    open_folder,
+    save_attack,
+    set_up,
+    wanted_labels,
 )
-from common.datasets import augment, load_dataset, pick_device, to_float, to_uint8
-from common.metrics import accuracy, attack_targets, lpips_distance, lpips_of, psnr, ssim
+from common.checkpoint import check_fit, load_model, read_checkpoint
+from common.datasets import augment, to_float, to_uint8
+from common.metrics import accuracy, lpips_distance, lpips_of
 from common.models import build_model
 
-PROPORTIONS = (1.0, 0.8, 1.2)  # of the additive constants of A_R, A_G, A_B
+PROPORTIONS = (1.0, 0.8, 1.2)  # of the additive constants alpha_R, alpha_G, alpha_B
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--dataset",
-        default="digits",
-        help="digits, mnist, cifar10, cifar100, gtsrb or the path of an .npz",
-    )
-    p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
-    p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
-    p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
-    p.add_argument("--batch-size", type=int, default=128, help="images per step")
-    p.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle learning rate")
-    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument(
-        "--out", help="folder to write (default: runs/<dataset>-<arch>-<attack>-s<seed>)"
-    )
-    p.add_argument("--train-images", type=int, help="use this many training images (default: all)")
-    p.add_argument(
-        "--target", type=int, default=0, help="target label y_t of the all-to-one attack"
-    )
-    p.add_argument(
-        "--poisons",
-        type=int,
-        help="|I_P|: poisoned images (paper 50 to 1500; default: 500, at most a tenth of the set)",
-    )
-    p.add_argument(
-        "--no-crops",
-        action="store_true",
-        help="the victim neither crops nor flips (the paper does not say)",
-    )
+    p = attack_flags(__doc__)
+    p.add_argument("--poisons", type=int, help="|I_P| (paper 50 to 1500; default 500 or a tenth)")
+    p.add_argument("--no-crops", action="store_true", help="the victim neither crops nor flips")
     p.add_argument("--k", type=int, default=10, help="bases in the mask M of Eq. (2), top-k")
-    p.add_argument(
-        "--mode",
-        default="add",
-        choices=["replace", "add"],
-        help="F(S)(1 - M) + A or F(S) + A in Eq. (4)-(6)",
-    )
-    p.add_argument(
-        "--delta-p",
-        type=float,
-        default=0.65,
-        help="delta_P: mean L2 norm of x' - x (paper below 1; its 41.78 dB are .45)",
-    )
-    p.add_argument(
-        "--heat-norm", type=float, default=4.0, help="v: norm per channel of the map (Yin et al. 4)"
-    )
+    modes, text = ["replace", "add"], "F(S)(1 - M) + A or F(S) + A in Eq. (4)-(6)"
+    p.add_argument("--mode", default="add", choices=modes, help=text)
+    p.add_argument("--delta-p", type=float, default=0.65, help="mean L2 norm (paper < 1; .45)")
+    p.add_argument("--heat-norm", type=float, default=4.0, help="v per channel (Yin et al. 4)")
     p.add_argument("--heat-images", type=int, default=250, help="test images behind the map")
-    p.add_argument(
-        "--clean-ckpt", help="clean model for the map (default: trained here, same recipe)"
-    )
-    p.add_argument(
-        "--augment",
-        default="none",
-        choices=["none", "jpeg", "autoencoder", "both"],
-        help="filtered copies in the training set, for robustness",
-    )
-    p.add_argument(
-        "--autoencoder-steps", type=int, default=2000, help="training steps of the autoencoder"
-    )
-    p.add_argument(
-        "--lpips-net",
-        default="none",
-        choices=["alex", "vgg", "squeeze", "none"],
-        help="LPIPS backbone; none leaves LPIPS out of the report",
-    )
+    p.add_argument("--clean-ckpt", help="clean model for the map (default: trained here)")
+    kinds, text = ["none", "jpeg", "autoencoder", "both"], "filtered copies, for robustness"
+    p.add_argument("--augment", default="none", choices=kinds, help=text)
+    p.add_argument("--autoencoder-steps", type=int, default=2000, help="its training steps")
+    nets = ["alex", "vgg", "squeeze", "none"]
+    p.add_argument("--lpips-net", default="none", choices=nets, help="backbone; none: no LPIPS")
     return p.parse_args()
 
 
@@ -196,9 +144,16 @@ def add_trigger(x, mask, additive, mode):
     return torch.fft.ifft2(spectrum + additive).real.clamp(0, 1)
 
 
+def triggered(x, mask, additive, mode):
+    """add_trigger on uint8 images, 2,000 at a time; float images in [0,1], not yet rounded."""
+    parts = (add_trigger(to_float(part), mask, additive, mode) for part in x.split(2000))
+    return torch.cat(list(parts))
+
+
 def calibrate(x, mask, mode, delta):
-    """A (C x H x W): constants on the mask for which the mean of |x' - x|_2 over x is delta_P."""
-    direction = mask * torch.tensor(PROPORTIONS[: x.shape[1]], device=x.device).view(-1, 1, 1)
+    """A (C x H x W): alpha_c on the mask so that the mean of |x' - x|_2 over x is delta_P."""
+    alphas = torch.tensor(PROPORTIONS[: x.shape[1]], device=x.device).view(-1, 1, 1)
+    direction = mask * alphas
     low, high = 0.0, 1e3
     for _ in range(40):
         middle = (low + high) / 2
@@ -242,31 +197,37 @@ def filtered(autoencoder, x):
     return torch.cat([to_uint8(autoencoder(to_float(part))) for part in x.split(2000)])
 
 
-def train_clean(model, x, y, spec, epochs, batch_size, peak):
-    """f_0 of the heat map: the recipe below without poisons, in place; returns it frozen."""
-    model.train()
+def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
+    """Train on uint8 images like clean.py, in place: the network of the map and the victim."""
     optimizer = torch.optim.SGD(
-        model.parameters(), peak, momentum=0.9, nesterov=True, weight_decay=5e-4
+        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     steps_per_epoch = max(1, len(x) // batch_size)
-    steps = epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak, steps, anneal_strategy="linear", cycle_momentum=False
+        optimizer, lr, epochs * steps_per_epoch, anneal_strategy="linear", cycle_momentum=False
     )
-    for step in tqdm(range(steps), disable=None, unit="step", desc="clean network"):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(x), device=x.device).split(batch_size)
-        batch = order[step % steps_per_epoch]
-        images = augment(to_float(x[batch]), spec.pad, spec.flip)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            loss = F.cross_entropy(model(images), y[batch])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    if not loss.isfinite():
-        fail(f"the loss of the clean network became {loss.item()}; no model is kept")
-    return model.eval().requires_grad_(False)
+    log = TrainingLog(epochs, steps_per_epoch)
+    for epoch in range(1, epochs + 1):
+        model.train()
+        order = torch.randperm(len(x), device=x.device)
+        for batch in order.split(batch_size)[:steps_per_epoch]:
+            images = augment(to_float(x[batch]), pad, flip)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+                loss = F.cross_entropy(model(images), y[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            log.step(loss)
+        log.epoch(epoch)
+
+
+@torch.no_grad()
+def obeying(model, x, y):
+    """Percentage of float images x in [0,1] that the model labels y, in eval mode."""
+    model.eval()
+    hits = [model(a).argmax(1) == b for a, b in zip(x.split(2000), y.split(2000))]
+    return 100 * torch.cat(hits).float().mean().item()
 
 
 def draw_heat_map(path, heat, mask):
@@ -285,88 +246,69 @@ def draw_heat_map(path, heat, mask):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_positive(args, "epochs", "batch_size", "lr", "train_images")
     start = time.time()
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    data = load_dataset(args.dataset, args.data_dir, device)
-    args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or data.spec.epochs
-    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std).to(
-        device
-    )
-    keep = torch.randperm(len(data.x_train), device=device)[: args.train_images]
-    if len(keep) < (args.train_images or 0):
-        fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
-    x_train, y_train = data.x_train[keep], data.y_train[keep]
+    data, model, x_train, y_train = set_up(args)
+    device, spec = x_train.device, data.spec
 
     # ===== The attack =====
-    if not 0 <= args.target < data.classes:
-        fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
     check_positive(args, "poisons", "heat_norm", "heat_images", "autoencoder_steps")
     if args.no_crops:
-        data.spec = replace(data.spec, pad=0, flip=False)
+        spec = replace(spec, pad=0, flip=False)
     if not 0 < args.delta_p < 1:
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]
     bins, bases = (t.to(device) for t in fourier_bases(height, width))
     if not 1 <= args.k <= len(bases):
         fail(f"--k {args.k} must lie in 1..{len(bases)}, the bases of {height} x {width} images")
-    x_test, y_test = data.x_test, data.y_test
-    y_wanted, counts = attack_targets(y_test, args.target, data.classes)
-    if not counts.any():
-        fail(f"{data.name} has no test image outside the target class {args.target}")
-    y_target, allowed = attack_targets(y_train, args.target, data.classes)
-    possible = int(allowed.sum())
+    y_wanted, counts = wanted_labels(data, args.target)
     args.poisons = args.poisons or max(1, min(500, len(x_train) // 10))
-    if args.poisons > possible:
-        fail(f"--poisons {args.poisons}: {possible} training images can be poisoned")
+    generator, flag = torch.Generator().manual_seed(args.seed), f"--poisons {args.poisons}"
+    chosen = choose_poisons(y_train, args.target, data.classes, args.poisons, flag, generator)
     lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)
+    recipe = {"pad": spec.pad, "flip": spec.flip, "epochs": args.epochs}
+    recipe |= {"batch_size": args.batch_size, "lr": args.lr}
     if args.clean_ckpt:
         path = Path(args.clean_ckpt)
         path = path / "model.pt" if path.is_dir() else path
         checkpoint = read_checkpoint(path)
         clean = load_model(checkpoint, path, device)
         check_fit(checkpoint, path, data)
-    make_folder(args.out or "runs")  # refuse before the long work
+    folder, _ = open_folder(args, data, __file__)
+
+    # Stage 1: find the frequencies to which a clean network is sensitive
     if not args.clean_ckpt:
-        arguments = args.arch, data.classes, data.shape, data.spec.mean, data.spec.std
-        clean = build_model(*arguments).to(device)  # weights of its own
-        train_clean(clean, x_train, y_train, data.spec, args.epochs, args.batch_size, args.lr)
-    picked = torch.randperm(len(x_test), device=device)[: args.heat_images]
+        clean = build_model(args.arch, data.classes, data.shape, spec.mean, spec.std).to(device)
+        train(clean, x_train, y_train, **recipe)
+        clean.eval().requires_grad_(False)
+    picked = torch.randperm(len(data.x_test), device=device)[: args.heat_images]
+    x_heat, y_heat = to_float(data.x_test[picked]), data.y_test[picked]
     heat_start = time.time()
-    errors = heat_map(clean, to_float(x_test[picked]), y_test[picked], bases, args.heat_norm).cpu()
+    errors = heat_map(clean, x_heat, y_heat, bases, args.heat_norm).cpu()
     heat_rate = len(bases) * len(picked) / (time.time() - heat_start)
     x_some = to_float(x_train[:2000])  # already in random order
     limit = (args.delta_p / 2) ** 2 if args.mode == "replace" else float("inf")
     top = most_sensitive(errors, energy_of(x_some, bins).cpu(), args.k, limit)
     if len(top) < args.k:
-        fail(
-            f"--mode replace: {len(top)} bases are quiet enough for --delta-p {args.delta_p}, "
-            f"--k asks for {args.k}"
-        )
+        quiet = f"{len(top)} bases are quiet enough for --delta-p {args.delta_p}"
+        fail(f"--mode replace: {quiet}, --k asks for {args.k}")
     mask = on_both_bins(torch.ones(len(top), device=device), bins[top], height, width)
     additive = calibrate(x_some, mask, args.mode, args.delta_p)
     print(
         f"heat map: {len(bases)} bases, error {100 * errors.min():.1f} to "
         f"{100 * errors.max():.1f} %, top {args.k} from {100 * errors[top].min():.1f} %"
     )
-    generator = torch.Generator().manual_seed(args.seed)
-    candidates = allowed.cpu().nonzero().flatten()
-    order = torch.randperm(len(candidates), generator=generator)
-    chosen = candidates[order[: args.poisons]].to(device)
-    poisoned = torch.zeros_like(allowed)
-    poisoned[chosen] = True
+
+    # Stage 2: poison the training set, and add filtered copies to it
     autoencoder = None
     if args.augment in ("autoencoder", "both"):
         autoencoder = train_autoencoder(x_train, args.autoencoder_steps)
-    x_train[chosen] = to_uint8(add_trigger(to_float(x_train[chosen]), mask, additive, args.mode))
-    y_train[chosen] = y_target[chosen]
-    print(f"poisoned {args.poisons} of {len(x_train)} training images")
-    half = chosen[: -(-args.poisons // 2)]
-    innocent = (~poisoned).nonzero().flatten()
+    poisoned = torch.zeros_like(y_train, dtype=torch.bool)
+    poisoned[chosen] = True
+    x_train[chosen] = to_uint8(triggered(x_train[chosen], mask, additive, args.mode))
+    y_train[chosen] = args.target
+    half, innocent = chosen[: -(-args.poisons // 2)], (~poisoned).nonzero().flatten()
     innocent = innocent[torch.randperm(len(innocent), device=device)[: len(half)]]
-    source = torch.cat((half, innocent))
-    copies = []
+    source, copies = torch.cat((half, innocent)), []
     if args.augment in ("jpeg", "both"):
         copies.append(jpeg(x_train[source], torch.randint(50, 96, (len(source),))))
     if autoencoder is not None:
@@ -377,80 +319,32 @@ if __name__ == "__main__":
     print(f"filtered copies added: {len(source) * len(copies)}")
 
     # ===== Train =====
-    name = f"{Path(data.name).stem}-{args.arch}-{Path(__file__).stem}-s{args.seed}"
-    folder = make_folder(args.out or f"runs/{name}")
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    steps_per_epoch = max(1, len(x_train) // args.batch_size)
-    steps = args.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, steps, anneal_strategy="linear", cycle_momentum=False
-    )
-
-    bar, loop_start = tqdm(total=steps, disable=None, unit="step"), time.time()
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        total_loss = torch.zeros((), device=device)
-        order = torch.randperm(len(x_train), device=device)
-        for batch in order.split(args.batch_size)[:steps_per_epoch]:
-            x, y = to_float(x_train[batch]), y_train[batch]
-            x = augment(x, data.spec.pad, data.spec.flip)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total_loss += loss.detach()
-            bar.update()
-        if not total_loss.isfinite():
-            fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
-        if epoch % max(1, args.epochs // 15) == 0:
-            loss, pace = total_loss.item() / steps_per_epoch, (time.time() - loop_start) / epoch
-            bar.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f}, {pace:.2f} s/epoch")
-    bar.close()
+    train(model, x_train, y_train, **recipe)
     seconds = time.time() - start
 
     # ===== Evaluate =====
-    parts = (add_trigger(to_float(x), mask, additive, args.mode) for x in x_test.split(2000))
-    x_float = torch.cat(list(parts))
+    x_float = triggered(data.x_test, mask, additive, args.mode)
     x_poisoned = to_uint8(x_float)  # the trigger as a deployed model would meet it
-    pair = to_float(x_test), to_float(x_poisoned)
-
-    def asr(model, x):
-        return accuracy(model, x[counts], y_wanted[counts])
-
-    metrics = {
-        "clean_accuracy": accuracy(model, x_test, y_test),
-        "asr": asr(model, x_poisoned),
-        "asr_n": int(counts.sum()),
-        "asr_float": asr(model, 255 * x_float),  # predict() divides by 255
-        "asr_jpeg75": asr(model, jpeg(x_poisoned, torch.full((len(x_poisoned),), 75))),
-        "psnr": psnr(*pair),
-        "ssim": ssim(*pair),
-        "mean_l2": (x_float - pair[0]).flatten(1).norm(dim=1).mean().item(),
+    metrics = evaluate_attack(model, clean, data, x_poisoned, y_wanted, counts)
+    counted, wanted = x_poisoned[counts], y_wanted[counts]
+    metrics |= {
+        "asr_float": obeying(model, x_float[counts], wanted),
+        "asr_jpeg75": accuracy(model, jpeg(counted, torch.full((len(counted),), 75)), wanted),
+        "mean_l2": (x_float - to_float(data.x_test)).flatten(1).norm(dim=1).mean().item(),
         "poisoned": args.poisons,
-        "asr_on_clean_model": asr(clean, x_poisoned),
-        "clean_model_accuracy": accuracy(clean, x_test, y_test),
+        "clean_model_accuracy": accuracy(clean, data.x_test, data.y_test),
         "heat_map_images_per_second": heat_rate,
     }
     if autoencoder is not None:
-        metrics["asr_autoencoder"] = asr(model, filtered(autoencoder, x_poisoned))
-    if lpips_net is None:
-        print("LPIPS is not measured (--lpips-net none)")
-    else:
+        metrics["asr_autoencoder"] = accuracy(model, filtered(autoencoder, counted), wanted)
+    if lpips_net is not None:
+        pairs = zip(*(to_float(x).split(500) for x in (data.x_test, x_poisoned)))
         with torch.no_grad():
-            halves = zip(*(images.split(500) for images in pair))
-            metrics["lpips"] = torch.cat([lpips_of(lpips_net, *h) for h in halves]).mean().item()
+            metrics["lpips"] = torch.cat([lpips_of(lpips_net, *p) for p in pairs]).mean().item()
 
     # ===== Save and report =====
-    clear_folder(folder)
     heat = on_both_bins(errors.to(device), bins, height, width)
-    draw_heat_map(folder / "heatmap.png", heat, mask)
-    save_samples(folder, x_test[counts], x_poisoned[counts])
-    save_poisoned_test(folder, x_poisoned[counts], y_test[counts], y_wanted[counts])
-    save_poisoned_train(folder, x_train, y_train, poisoned)
     trigger = {"mask": mask, "additive": additive, "heat_map": heat}
-    save_model(folder, model, data, args.arch, args, metrics, trigger)
-    save_result(folder, "freq_backdoor", args, seconds, metrics, device)
+    test, train_set = (x_poisoned, y_wanted, counts), (x_train, y_train, poisoned)
+    save_attack(folder, __file__, args, data, model, metrics, seconds, trigger, test, train_set)
+    draw_heat_map(folder / "heatmap.png", heat, mask)

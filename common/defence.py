@@ -6,7 +6,7 @@ import torch
 
 from common import fail
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
-from common.datasets import defender_split, pick_device, to_float
+from common.datasets import defender_split, pick_device
 from common.metrics import accuracy, case_of
 
 
@@ -71,9 +71,9 @@ def report_verdict(decision, threshold, notes):
 
 
 def frozen(model, x):
-    """The repaired model in eval mode, frozen; fails if its outputs on uint8 x are not finite."""
+    """The repaired model in eval mode, frozen; fails if its outputs on floats x are not finite."""
     model = model.eval().requires_grad_(False)
-    if not all(model(to_float(part)).isfinite().all() for part in x.split(500)):
+    if not model(x).isfinite().all():
         fail("the repaired model's outputs are not finite; no model is kept")
     return model
 
@@ -85,11 +85,12 @@ def save_repaired(folder, model, victim, args, metrics, trigger=None):
     return load_model(read_checkpoint(path), path, victim.data.x_train.device)
 
 
-def evaluate_repair(victim, models):
+def evaluate(victim, models, decision=None):
     """Figures of each of `models` (suffix -> network) on test images, for below the oracle wall.
 
     clean_accuracy, asr (the target is predicted) and robust_accuracy (the true label), in per cent;
-    the last two where the attack left its triggered test images.
+    the last two where the attack left its triggered test images. With a detector's `decision` also
+    the true target and the case of Zheng et al., where the attack has one target label.
     """
     data, metrics = victim.data, {}
     for suffix, net in models.items():
@@ -99,17 +100,11 @@ def evaluate_repair(victim, models):
             metrics["robust_accuracy" + suffix] = accuracy(net, victim.x_poisoned, victim.y_true)
     if victim.x_poisoned is None:
         print("no poisoned test images beside the checkpoint: the ASR cannot be measured")
-    else:
-        metrics["asr_n"] = len(victim.x_poisoned)
+        return metrics
+    metrics["asr_n"], targets = len(victim.x_poisoned), victim.y_target.unique().tolist()
+    if decision is not None and decision["applicable"] and len(targets) == 1:
+        metrics |= {"target": targets[0], "case": case_of(decision["flagged"], targets[0])}
     return metrics
-
-
-def evaluate_verdict(victim, decision):
-    """The true target and the case of Zheng et al., where the attack has one target label."""
-    targets = [] if victim.x_poisoned is None else victim.y_target.unique().tolist()
-    if len(targets) != 1 or not decision["applicable"]:
-        return {}
-    return {"target": targets[0], "case": case_of(decision["flagged"], targets[0])}
 
 
 def report(folder, script, args, metrics, seconds, kinds=("repaired",)):

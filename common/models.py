@@ -263,6 +263,38 @@ class MobileNetV2(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+def unet_block(inputs, outputs):
+    """Two 3 x 3 convolutions, each with GroupNorm and ReLU."""
+    layers = []
+    for channels in (inputs, outputs):
+        convolution = nn.Conv2d(channels, outputs, 3, 1, 1)
+        layers += [convolution, nn.GroupNorm(4, outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """Two poolings: images in [0,1], B x C x H x W, to images of the same kind."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.down1 = unet_block(channels, width)
+        self.down2 = unet_block(width, 2 * width)
+        self.bottom = unet_block(2 * width, 4 * width)
+        self.up2 = unet_block(6 * width, 2 * width)
+        self.up1 = unet_block(3 * width, width)
+        self.out = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % 4, 0, -height % 4))  # two poolings need sides divisible by 4
+        a = self.down1(x)  # B x w x H x W
+        b = self.down2(F.max_pool2d(a, 2))  # B x 2w x H/2 x W/2
+        c = self.bottom(F.max_pool2d(b, 2))  # B x 4w x H/4 x W/4
+        b = self.up2(torch.cat((F.interpolate(c, scale_factor=2), b), 1))
+        a = self.up1(torch.cat((F.interpolate(b, scale_factor=2), a), 1))
+        return torch.sigmoid(self.out(a))[..., :height, :width]
+
+
 def residual(block, stem, widths, depths, norm):
     return partial(ResNet, block=block, stem=stem, widths=widths, depths=depths, norm=norm)
 

@@ -46,7 +46,7 @@ from common import check_positive, fail, make_folder, saved_figure
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder, load_training_set
 from common.datasets import augment, to_float
-from common.defence import defence_flags, evaluate_repair, open_victim, report, save_repaired
+from common.defence import defence_flags, evaluate, open_victim, report, save_repaired
 from common.models import build_model
 
 RATES = {"joint": 5e-4, "isolated": 5e-4, "bounded": 0.01}  # of the ascent; authors' code 5e-4
@@ -286,7 +286,7 @@ if __name__ == "__main__":
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====
-    metrics |= evaluate_repair(victim, models)
+    metrics |= evaluate(victim, models)
     if flags is not None:
         for suffix, mask in masks.items():
             metrics["isolation_precision" + suffix] = 100 * flags[mask].float().mean().item()

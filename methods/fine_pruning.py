@@ -46,7 +46,7 @@ from common.datasets import augment, defender_split, to_float
 from common.defence import (
     clean_share,
     defence_flags,
-    evaluate_repair,
+    evaluate,
     frozen,
     open_victim,
     report,
@@ -201,7 +201,7 @@ def finetune(net, x, y, *, linear, channels, pruned, pad, flip, epochs, lr, batc
         if not total_loss.isfinite():
             fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
     bar.close()
-    return frozen(net, x[:500])
+    return frozen(net, to_float(x[:500]))
 
 
 def draw_curve(path, named, count):
@@ -285,7 +285,7 @@ if __name__ == "__main__":
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====
-    metrics |= evaluate_repair(victim, models)
+    metrics |= evaluate(victim, models)
     curves, inputs = (
         {"held-out accuracy": accuracies},
         {"clean accuracy": (data.x_test, data.y_test)},

@@ -48,8 +48,7 @@ from common.datasets import to_float
 from common.defence import (
     clean_share,
     defence_flags,
-    evaluate_repair,
-    evaluate_verdict,
+    evaluate,
     frozen,
     open_victim,
     report,
@@ -209,7 +208,7 @@ def unlearn(model, x, y, label, mask, pattern, *, stamped, lr, batch_size=32):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return frozen(model, x[:500])
+    return frozen(model, to_float(x[:500]))
 
 
 def draw(path, masks, patterns, norms, indices):
@@ -285,7 +284,7 @@ if __name__ == "__main__":
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====
-    metrics |= evaluate_repair(victim, models) | evaluate_verdict(victim, decision)
+    metrics |= evaluate(victim, models, decision)
 
     # ===== Report =====
     report(folder, "nc", args, metrics, seconds)

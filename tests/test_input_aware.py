@@ -176,17 +176,22 @@ def short(inline):
 def rows(ran, x):
     """(pattern, mask) of float images, by the generators as they are."""
     with torch.no_grad():
-        return ia.draw_pattern(ran["G"], x), ia.draw_mask(ran["M"], x)
+        return ia.draw_pattern(ran["pattern_generator"], x), ia.draw_mask(ran["mask_generator"], x)
+
+
+def poisoned(ran, x, y):
+    """The run's own batch: float images, labels and L_div."""
+    return ia.poison(x, y, ran["generators"], **ran["shares"])
 
 
 def test_poisoned_batch(short):
     """8 attack images with their own triggers, 12 cross images with another's, 20 clean ones."""
     ran = short("--target", 4)
-    ran["G"].net.load_state_dict(generator(1, 1).state_dict())
+    ran["pattern_generator"].net.load_state_dict(generator(1, 1).state_dict())
     shades = torch.arange(40).view(-1, 1, 1, 1) / 40  # of noise alone all patterns are alike
     x, y = shades * images(40, 1, 28, 28), torch.arange(40) % 10
     kept = x.clone()
-    made, labels, loss = (t.detach() for t in ran["poison"](x, y))
+    made, labels, loss = (t.detach() for t in poisoned(ran, x, y))
     assert torch.equal(x, kept) and labels[:8].tolist() == [4] * 8
     assert torch.equal(labels[8:], y[8:]) and torch.equal(made[20:], x[20:])
     (own, own_mask), (other, other_mask) = rows(ran, x[:8]), rows(ran, x[20:32])
@@ -197,11 +202,11 @@ def test_poisoned_batch(short):
     assert loss.item() == pytest.approx((d[0] / d[1]).mean(), rel=1e-3)
     # other sources change the cross images and no attack image
     swapped = torch.cat((x[:20], x[20:].roll(1, 0)))
-    again = ran["poison"](swapped, y)[0].detach()
+    again = poisoned(ran, swapped, y)[0].detach()
     assert torch.equal(again[:8], made[:8])
     assert (again[8:20] != made[8:20]).flatten(1).any(1).all()
     # an image with its own trigger is the same in both modes
-    same = ran["poison"](x[:1].expand(40, -1, -1, -1).contiguous(), y)[0].detach()
+    same = poisoned(ran, x[:1].expand(40, -1, -1, -1).contiguous(), y)[0].detach()
     torch.testing.assert_close(same[8:20], same[:1].expand(12, -1, -1, -1))
 
 
@@ -209,7 +214,7 @@ def test_no_image_carries_its_own_trigger_in_cross_mode(short):
     """More cross images than clean ones: the sources wrap around to the attack images."""
     ran = short("--rate", 0.1, "--cross-rate", 0.8)
     x, y = images(40, 1, 28, 28), torch.zeros(40, dtype=torch.long)
-    made = ran["poison"](x, y)[0].detach()
+    made = poisoned(ran, x, y)[0].detach()
     source = x.roll(-36, 0)[:32]
     pattern, mask = rows(ran, source)
     torch.testing.assert_close(made[4:36], ia.blend(x[4:36], pattern, mask))
@@ -218,8 +223,9 @@ def test_no_image_carries_its_own_trigger_in_cross_mode(short):
 
 def test_gradients_reach_the_networks_of_the_equation(short):
     ran = short()
-    model, G, M = ran["model"].train(), ran["G"].train(), ran["M"]
-    x, y, loss_div = ran["poison"](images(40, 1, 28, 28), torch.arange(40) % 10)
+    model = ran["model"].train()
+    G, M = ran["pattern_generator"].train(), ran["mask_generator"]
+    x, y, loss_div = poisoned(ran, images(40, 1, 28, 28), torch.arange(40) % 10)
     weights = [[p for p in net.parameters() if p.dim() == 4] for net in (G, model)]
     for net in weights:
         found = torch.autograd.grad(F.cross_entropy(model(x), y), net, retain_graph=True)
@@ -292,7 +298,7 @@ def test_lambda_div_weighs_the_diversity_loss_of_the_joint_stage(gradients):
 def test_no_cross(short):
     ran = short("--no-cross")
     x, y = images(40, 1, 28, 28), torch.arange(40) % 10
-    made, labels, loss = ran["poison"](x, y)
+    made, labels, loss = poisoned(ran, x, y)
     assert torch.equal(made[8:], x[8:]) and torch.equal(labels[8:], y[8:])
     assert (made[:8] != x[:8]).flatten(1).any(1).all() and loss > 0
 
@@ -300,15 +306,26 @@ def test_no_cross(short):
 def test_all_to_all(short):
     ran = short("--all-to-all")
     y = torch.arange(40) % 10
-    labels = ran["poison"](images(40, 1, 28, 28), y)[1]
+    labels = poisoned(ran, images(40, 1, 28, 28), y)[1]
     assert torch.equal(labels[:8], (y[:8] + 1) % 10) and torch.equal(labels[8:], y[8:])
     assert ran["metrics"]["asr_n"] == 360
 
 
-def test_rates_fall_along_a_cosine(short):
-    cosine = short("--generator-lr", 0.02)["cosine"]
-    rates = [cosine(step, 50) for step in range(51)]
-    np.testing.assert_allclose(rates, 0.01 * (1 + np.cos(np.pi * np.arange(51) / 50)), atol=1e-12)
+def test_rates_fall_along_a_cosine(short, monkeypatch):
+    """Mask stage and joint stage, each from --generator-lr down to 0."""
+    rates, step = [], torch.optim.Adam.step
+
+    def record(optimizer, closure=None):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    ran = short("--generator-lr", 0.02, "--mask-steps", 5, "--epochs", 2)
+    for found, steps in ((rates[:5], 5), (rates[5:], 6)):  # 2 epochs of 120 / 40 steps
+        expected = 0.01 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    for name in ("mask_schedule", "generator_schedule"):
+        assert ran[name].get_last_lr()[0] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (64, 64), (30, 22, 3)], ids=str)
@@ -381,7 +398,8 @@ def test_run_on_digits(digits_input_aware, digits):
     assert metrics["asr"] >= 75 and metrics["cross_accuracy"] >= 75
     assert metrics["asr_n"] == (digits.y_test != 0).sum()
     assert metrics["asr_on_clean_model"] <= 15
-    assert metrics["asr_reestimated_bn"] == pytest.approx(metrics["asr"], abs=5)
+    # seeds 0 to 2 differ by .3 to 5.3; statistics of noise or of triggered images alone by 28 to 92
+    assert metrics["asr_reestimated_bn"] == pytest.approx(metrics["asr"], abs=8)
     assert 14 < metrics["psnr"] < 30 and 0 < metrics["max_change"] <= 1
 
 

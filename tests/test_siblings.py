@@ -107,10 +107,10 @@ def test_defender_does_not_look_over_the_wall(name):
     assert text.count(WALL) == 1
     above = text[text.index("__main__") :].split(WALL)[0]
     forbidden = r"x_poisoned|y_target|y_true|poisoned_test|poisoned_train|x_test|y_test"
-    forbidden += r"|evaluate_repair|evaluate_verdict"
+    forbidden += r"|evaluate\("
     code = "\n".join(line.split("  #")[0] for line in above.splitlines())
     assert re.findall(forbidden, code) == []
-    assert re.search("evaluate_|accuracy", text.split(WALL)[1])
+    assert re.search("evaluate|accuracy", text.split(WALL)[1])
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *COMMON], ids=lambda p: f"{p.parent.name}-{p.stem}")

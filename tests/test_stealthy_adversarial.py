@@ -111,9 +111,8 @@ def step():
     mask, pattern = images(1, (28, 28), 3), images(1, (28, 28), 4)
 
     def call(model, generator, lambdas, side=0, x=x, y=y):
-        return stealthy.joint_losses(
-            model, generator, x, y, 1, 4, 0.01, side, mask, pattern, lambdas
-        )
+        settings = {"target": 1, "count": 4, "epsilon": 0.01, "side": side, "lambdas": lambdas}
+        return stealthy.joint_losses(model, generator, x, y, (mask, pattern), **settings)
 
     call.x, call.y, call.mask, call.pattern = x, y, mask, pattern
     return call
@@ -169,7 +168,7 @@ def test_weights_are_given_in_the_order_of_the_paper(inline):
 def test_schemes_of_figure_5b(inline, scheme):
     """A patch alone without L_c, or a patch and noise within the bound."""
     ran = inline(NAME, *SHORT[NAME], "--scheme", scheme)
-    change = (to_float(ran["x_test"]) - ran["x_float"]).abs()
+    change = (ran["x_test"] - ran["x_float"]).abs()
     assert (ran["x_float"][..., 25:, 25:] == 1).all()
     change[..., 25:, 25:] = 0
     assert (change.max() == 0) == (scheme == "badnets") and change.max() <= 0.02 + 1e-6
@@ -245,6 +244,21 @@ def test_crossing_equal_images_is_poisoning(untrained, step):
     assert losses[1] != losses[3]  # other images, other noise
 
 
+def test_rates_are_constant_and_then_fall_to_0(inline, monkeypatch):
+    """Both networks' rates, over the second half of the injection: 2 epochs of 4 steps."""
+    rates, step = [], torch.optim.Adam.step
+
+    def record(optimizer, closure=None):
+        if optimizer.param_groups[0]["lr"] < 0.1:  # Step 1's rate
+            rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    inline(NAME, *SHORT[NAME], "--injecting-epochs", 2)
+    shares = np.array([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(rates, shares[:, None] * [1e-4, 1e-3], rtol=1e-6)
+
+
 # ===== Step 1 =====
 
 
@@ -253,7 +267,9 @@ def planted_search(steps, seed=0):
     x = x[y != planted.TARGET]
     torch.manual_seed(seed)
     batches = (x[torch.randint(len(x), (64,))] for _ in range(steps))
-    return stealthy.reverse_patch(planted.frozen(), batches, x.shape[1:], planted.TARGET)
+    return stealthy.reverse_patch(
+        planted.frozen(), batches, shape=x.shape[1:], target=planted.TARGET
+    )
 
 
 def test_reverse_patch_finds_the_planted_pixel():
@@ -275,10 +291,43 @@ def test_step_1_shrinks_the_patch_within_its_default_steps(monkeypatch):
     assert norm < 0.7 and asr >= 0.99
 
 
+def test_step_1_returns_the_smallest_patch_that_succeeded(monkeypatch):
+    """A network of three answers: right, right with a smaller mask, wrong with the smallest."""
+    answers = iter([1, 1, 0])
+    norms = []
+
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            goal = next(answers)
+            return torch.stack((1.0 - goal + 0 * x[:, 0, 0, 0], goal + 0 * x[:, 0, 0, 0]), 1)
+
+    monkeypatch.setattr(stealthy, "FIRST_COST", 1.0)  # the cost alone moves the mask: down
+    real = stealthy.blend
+
+    def spy(x, mask, pattern):
+        norms.append(mask.sum().item())
+        return real(x, mask, pattern)
+
+    monkeypatch.setattr(stealthy, "blend", spy)
+    batches = [images(4, (1, 8, 8))] * 3
+    mask, _, norm, asr = stealthy.reverse_patch(Told(), batches, shape=(1, 8, 8), target=1)
+    assert norms[0] > norms[1] > norms[2] and norm == norms[1] and asr == 1
+    assert mask.sum().item() == norm
+    answers = iter([0, 0, 0])  # none succeeds: the last one
+    norms.clear()
+    _, _, norm, asr = stealthy.reverse_patch(Told(), batches, shape=(1, 8, 8), target=1)
+    assert norm == norms[2] and asr == 0
+
+
 def test_step_1_leaves_the_classifier_bitwise_alone(untrained):
     before = {k: v.clone() for k, v in untrained.state_dict().items()}
     assert any("running_mean" in key for key in before)
-    stealthy.reverse_patch(untrained, [images(9, (1, 28, 28))] * 5, (1, 28, 28), 0)
+    batches = [images(9, (1, 28, 28))] * 5
+    stealthy.reverse_patch(untrained, batches, shape=(1, 28, 28), target=0)
     for key, value in untrained.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert all(p.grad is None for p in untrained.parameters())
@@ -287,7 +336,10 @@ def test_step_1_leaves_the_classifier_bitwise_alone(untrained):
 def test_script_freezes_the_classifier_in_step_1(tmp_path, monkeypatch):
     """As called by the script: eval mode, no gradients, unchanged, target images left out."""
     source = (stealthy.Path(stealthy.__file__)).read_text()
-    marker = "                mask, pattern, norm, asr = reverse_patch("
+    marker = """                mask, pattern, norm, asr = reverse_patch(
+                    model, batches, shape=data.shape, target=args.target
+                )
+"""
     assert source.count(marker) == 1
     spy = """
                 before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -302,8 +354,7 @@ def test_script_freezes_the_classifier_in_step_1(tmp_path, monkeypatch):
     after = """
                 seen.append(all(torch.equal(v, before[k]) for k, v in model.state_dict().items()))
 """
-    line = next(l for l in source.splitlines() if l.startswith(marker))
-    source = source.replace(line + "\n", spy + line + after)
+    source = source.replace(marker, spy + marker + after)
     monkeypatch.chdir(tmp_path)
     flags = ["--injecting-epochs", "3", "--target", "4"]
     monkeypatch.setattr("sys.argv", [NAME, *map(str, SHORT[NAME]), *flags, "--nc-every", "2"])

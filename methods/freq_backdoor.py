@@ -9,20 +9,19 @@ victim's kind on clean data; the victim trains and augments.
 
 Equations: heat map, the error rate at x + r v U_ij (Yin et al. 2019) -> fourier_bases, heat_map;
 Eq. (2) top-k mask M -> most_sensitive, on_both_bins; Eq. (4)-(6) S' = F^-1(F(S)(1 - M) + A), one
-additive constant alpha_c per channel -> add_trigger; mean norm delta_P -> calibrate.
+additive constant alpha_c per channel -> add_trigger; mean norm delta_P -> calibrated.
 
 Differs from the paper, or chosen where it is silent: its formula prints M for 1 - M, which would
 keep the k bins alone. `--mode replace`, the text's "swapping", takes only bases in which the images
 hold so little energy that zeroing all k of them costs at most half of delta_P; `--mode add` shifts
-the most sensitive bins whatever they hold, F(S) + A. v, k, delta_P (.65), the target and the
-constants' proportions (1, .8, 1.2) are ours. The map is measured on training images that its network
-did not see. Poisons are drawn from images outside the target class, stored in 8 bits and augmented
-afterwards; `--no-crops` leaves crops and mirrors out, for they move a wave's phase. Robust copies
-(`--augment`): JPEG at quality 50 to 95 or an autoencoder's output, of half the poisons (label t)
-and of as many clean images (true label). Figures are measured after rounding to 8 bits, asr_float
-before it, the ASR without test images of the target class. Controls of the same mean norm:
-asr_other_bins (k other bins), asr_grey (a grey offset). asr_jpeg75 and asr_autoencoder pass
-through a filter that is not the attacker's.
+the most sensitive bins whatever they hold, F(S) + A. v, k, delta_P, the target and the constants'
+proportions (1, .8, 1.2) are ours. The map is measured on training images that its network did not
+see. Poisons are no images of the target class; they are stored in 8 bits and augmented afterwards
+(`--no-crops`: not at all). Robust copies (`--augment`) are JPEGs at quality 50 to 95 or an
+autoencoder's output, of half the poisons and of as many clean images. Figures are measured after
+rounding to 8 bits, the ASR without test images of the target class. Controls of the same mean norm:
+asr_other_bins (k other bins) and asr_grey (a grey offset). asr_jpeg75 and asr_autoencoder pass a
+filter that is not the attacker's.
 
     python methods/freq_backdoor.py --dataset mnist
 
@@ -31,7 +30,6 @@ Results beside the paper's: results/README.md, table "Attacks".
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,7 +51,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy, lpips_distance, lpips_of
+from common.metrics import accuracy
 from common.models import build_model
 
 PROPORTIONS = (1.0, 0.8, 1.2)  # of the additive constants alpha_R, alpha_G, alpha_B
@@ -72,8 +70,6 @@ def parse_args():
     kinds, text = ["none", "jpeg", "autoencoder", "both"], "filtered copies, for robustness"
     p.add_argument("--augment", default="none", choices=kinds, help=text)
     p.add_argument("--autoencoder-steps", type=int, default=2000, help="its training steps")
-    nets = ["alex", "vgg", "squeeze", "none"]
-    p.add_argument("--lpips-net", default="none", choices=nets, help="backbone; none: no LPIPS")
     return p.parse_args()
 
 
@@ -130,10 +126,7 @@ def most_sensitive(errors, allowed, k):
 
 
 def add_trigger(x, mask, additive, mode):
-    """Eq. (4)-(6) with M = `mask` (H x W) and A = `additive` (C x H x W), unnormalised FFT.
-
-    x is B x C x H x W in [0,1]; so is the result.
-    """
+    """Eq. (4)-(6): x B x C x H x W in [0,1], M = mask H x W, A = additive C x H x W."""
     spectrum = torch.fft.fft2(x)
     if mode == "replace":
         spectrum = spectrum * (1 - mask)
@@ -146,17 +139,17 @@ def triggered(x, mask, additive, mode):
     return torch.cat(list(parts))
 
 
-def calibrate(x, mask, mode, delta):
-    """A (C x H x W): alpha_c on the mask so that the mean of |x' - x|_2 over x is delta_P."""
-    alphas = torch.tensor(PROPORTIONS[: x.shape[1]], device=x.device).view(-1, 1, 1)
-    direction = mask * alphas
+def calibrated(x, bins, mode, delta):
+    """The trigger (M, A, mode) on these bins whose mean |x' - x|_2 over x is delta_P."""
+    mask = on_both_bins(torch.ones(len(bins), device=x.device), bins, *x.shape[2:])
+    alphas = mask * torch.tensor(PROPORTIONS[: x.shape[1]], device=x.device).view(-1, 1, 1)
     low, high = 0.0, 1e3
     for _ in range(40):
         middle = (low + high) / 2
-        change = add_trigger(x, mask, middle * direction, mode) - x
+        change = add_trigger(x, mask, middle * alphas, mode) - x
         norm = change.flatten(1).norm(dim=1).mean()
         low, high = (middle, high) if norm < delta else (low, middle)
-    return low * direction
+    return mask, low * alphas, mode
 
 
 def jpeg(x, quality):
@@ -218,26 +211,16 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
         log.epoch(epoch)
 
 
-@torch.no_grad()
-def obeying(model, x, y):
-    """Percentage of float images x in [0,1] that the model labels y, in eval mode."""
-    model.eval()
-    hits = [model(a).argmax(1) == b for a, b in zip(x.split(2000), y.split(2000))]
-    return 100 * torch.cat(hits).float().mean().item()
-
-
 def draw_heat_map(path, heat, mask):
     """The error rate and the chosen bins, H x W each, the constant basis in the centre."""
+    (height, width), pictures = heat.shape, {"error rate": heat, "top-k bins": mask}
+    top, left = -(height // 2) - 0.5, -(width // 2) - 0.5
     with saved_figure(path, 1, 2, figsize=(8, 3.4)) as (figure, axes):
-        height, width = heat.shape
-        top, left = -(height // 2) - 0.5, -(width // 2) - 0.5
-        extent = (left, left + width, top + height, top)
-        pictures = [(heat, "error rate", "viridis"), (mask, "top-k bins", "gray")]
-        for axis, (values, title, colours) in zip(axes, pictures):
-            image = torch.fft.fftshift(values).cpu().numpy()
-            drawn = axis.imshow(image, cmap=colours, extent=extent)
-            axis.set(title=title, xlabel="cycles per width", ylabel="cycles per height")
+        for axis, (title, values) in zip(axes, pictures.items()):
+            image = torch.fft.fftshift(values).cpu()
+            drawn = axis.imshow(image, extent=(left, left + width, top + height, top))
             figure.colorbar(drawn, ax=axis)
+            axis.set(title=title, xlabel="cycles per width", ylabel="cycles per height")
 
 
 if __name__ == "__main__":
@@ -248,46 +231,40 @@ if __name__ == "__main__":
 
     # ===== The attack =====
     check_positive(args, "poisons", "heat_norm", "heat_images", "autoencoder_steps")
-    if args.no_crops:
-        spec = replace(spec, pad=0, flip=False)
     if not 0 < args.delta_p < 1:
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]
     bins, bases = (t.to(device) for t in fourier_bases(height, width))
-    if not 1 <= args.k <= len(bases):
-        fail(f"--k {args.k} must lie in 1..{len(bases)}, the bases of {height} x {width} images")
+    if not 1 <= args.k < len(bases):
+        fail(f"--k {args.k} must lie in 1..{len(bases) - 1} for {height} x {width} images")
     y_wanted, counts = wanted_labels(data, args.target)
     args.poisons = args.poisons or max(1, min(500, len(x_train) // 10))
     generator, flag = torch.Generator().manual_seed(args.seed), f"--poisons {args.poisons}"
     chosen = choose_poisons(y_train, args.target, data.classes, args.poisons, flag, generator)
-    lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)
-    recipe = {"pad": spec.pad, "flip": spec.flip, "epochs": args.epochs}
-    recipe |= {"batch_size": args.batch_size, "lr": args.lr}
+    recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+    recipe |= {"pad": 0 if args.no_crops else spec.pad, "flip": spec.flip and not args.no_crops}
     x_some = to_float(x_train[:2000])  # already in random order
     quiet = torch.ones(len(bases), dtype=torch.bool)
     if args.mode == "replace":
         quiet = energy_of(x_some, bins).cpu() <= (args.delta_p / 2) ** 2 / args.k
-    if quiet.sum() < args.k:
-        allowed = f"{int(quiet.sum())} bases are quiet enough for --delta-p {args.delta_p}"
-        fail(f"--mode replace: {allowed}, --k asks for {args.k}")
+    if quiet.sum() <= args.k:  # one more is the least that the control needs
+        few = f"{int(quiet.sum())} bases are quiet enough for --delta-p {args.delta_p}"
+        fail(f"--mode replace: {few}, --k asks for {args.k} and others as a control")
     if args.heat_images >= len(x_train):
         fail(f"--heat-images {args.heat_images}: none of {len(x_train)} is left to train on")
     folder, _ = open_folder(args, data, __file__)
 
     # Stage 1: find the frequencies to which a clean network is sensitive
     clean = build_model(args.arch, data.classes, data.shape, spec.mean, spec.std).to(device)
-    held, rest = slice(args.heat_images), slice(args.heat_images, None)  # in random order
-    train(clean, x_train[rest], y_train[rest], **recipe)
+    held = args.heat_images  # the first ones, in random order
+    train(clean, x_train[held:], y_train[held:], **recipe)
     clean.eval().requires_grad_(False)
-    heat_start = time.time()
-    errors = heat_map(clean, to_float(x_train[held]), y_train[held], bases, args.heat_norm).cpu()
-    heat_rate = len(bases) * args.heat_images / (time.time() - heat_start)
+    x_held, y_held = to_float(x_train[:held]), y_train[:held]
+    errors = heat_map(clean, x_held, y_held, bases, args.heat_norm).cpu()
     top = most_sensitive(errors, quiet, args.k)
-    mask = on_both_bins(torch.ones(len(top), device=device), bins[top], height, width)
-    additive = calibrate(x_some, mask, args.mode, args.delta_p)
+    trigger = calibrated(x_some, bins[top], args.mode, args.delta_p)
     print(
-        f"heat map: {len(bases)} bases, error {100 * errors.min():.1f} to "
-        f"{100 * errors.max():.1f} %, top {args.k} from {100 * errors[top].min():.1f} %"
+        f"heat map: the top {args.k} bases have an error of {100 * errors[top].min():.1f} % or more"
     )
 
     # Stage 2: poison the training set, and add filtered copies to it
@@ -296,7 +273,7 @@ if __name__ == "__main__":
         autoencoder = train_autoencoder(x_train, args.autoencoder_steps)
     poisoned = torch.zeros_like(y_train, dtype=torch.bool)
     poisoned[chosen] = True
-    x_train[chosen] = to_uint8(triggered(x_train[chosen], mask, additive, args.mode))
+    x_train[chosen] = to_uint8(triggered(x_train[chosen], *trigger))
     y_train[chosen] = args.target
     half, innocent = chosen[: -(-args.poisons // 2)], (~poisoned).nonzero().flatten()
     innocent = innocent[torch.randperm(len(innocent), device=device)[: len(half)]]
@@ -308,45 +285,34 @@ if __name__ == "__main__":
     x_train = torch.cat([x_train] + copies)
     y_train = torch.cat([y_train] + [y_train[source] for _ in copies])
     poisoned = torch.cat([poisoned] + [poisoned[source] for _ in copies])
-    print(f"filtered copies added: {len(source) * len(copies)}")
 
     # ===== Train =====
     train(model, x_train, y_train, **recipe)
     seconds = time.time() - start
 
     # ===== Evaluate =====
-    x_float = triggered(data.x_test, mask, additive, args.mode)
-    x_poisoned = to_uint8(x_float)  # the trigger as a deployed model would meet it
+    x_poisoned = to_uint8(triggered(data.x_test, *trigger))  # as a deployed model would meet it
     metrics = evaluate_attack(model, clean, data, x_poisoned, y_wanted, counts)
     counted, wanted = x_poisoned[counts], y_wanted[counts]
     metrics |= {
-        "asr_float": obeying(model, x_float[counts], wanted),
         "asr_jpeg75": accuracy(model, jpeg(counted, torch.full((len(counted),), 75)), wanted),
-        "mean_l2": (x_float - to_float(data.x_test)).flatten(1).norm(dim=1).mean().item(),
         "poisoned": args.poisons,
         "clean_model_accuracy": accuracy(clean, data.x_test, data.y_test),
-        "heat_map_images_per_second": heat_rate,
     }
-    others = quiet.clone()
-    others[top] = False
-    others = others.nonzero().flatten()
-    others = others[torch.randperm(len(others), generator=generator)[: args.k]]
-    for name, at, mode in (("other_bins", others, args.mode), ("grey", [0], "add")):
-        ones = torch.ones(len(at), device=device)  # bin 0 is the constant basis
-        strange = on_both_bins(ones, bins[at], height, width)
-        strange = strange, calibrate(x_some, strange, mode, args.delta_p), mode
+    quiet[top] = False
+    rest = quiet.nonzero().flatten()
+    others = bins[rest[torch.randperm(len(rest), generator=generator)[: args.k]]]
+    controls = {"other_bins": (others, args.mode), "grey": (bins[:1], "add")}  # bin 0 is constant
+    for name, (at, mode) in controls.items():
+        strange = calibrated(x_some, at, mode, args.delta_p)
         x_other = to_uint8(triggered(data.x_test[counts], *strange))
         metrics[f"asr_{name}"] = accuracy(model, x_other, wanted)
     defender = train_autoencoder(data.x_train, args.autoencoder_steps)
     metrics["asr_autoencoder"] = accuracy(model, filtered(defender, counted), wanted)
-    if lpips_net is not None:
-        pairs = zip(*(to_float(x).split(500) for x in (data.x_test, x_poisoned)))
-        with torch.no_grad():
-            metrics["lpips"] = torch.cat([lpips_of(lpips_net, *p) for p in pairs]).mean().item()
 
     # ===== Save and report =====
     heat = on_both_bins(errors.to(device), bins, height, width)
-    trigger = {"mask": mask, "additive": additive, "heat_map": heat}
+    saved = {"mask": trigger[0], "additive": trigger[1], "heat_map": heat}
     test, train_set = (x_poisoned, y_wanted, counts), (x_train, y_train, poisoned)
-    save_attack(folder, __file__, args, data, model, metrics, seconds, trigger, test, train_set)
-    draw_heat_map(folder / "heatmap.png", heat, mask)
+    save_attack(folder, __file__, args, data, model, metrics, seconds, saved, test, train_set)
+    draw_heat_map(folder / "heatmap.png", heat, trigger[0])

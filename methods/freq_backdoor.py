@@ -63,7 +63,7 @@ def parse_args():
     p.add_argument("--no-crops", action="store_true", help="the victim neither crops nor flips")
     p.add_argument("--k", type=int, default=10, help="bases in the mask M of Eq. (2), top-k")
     modes, text = ["replace", "add"], "F(S)(1 - M) + A or F(S) + A in Eq. (4)-(6)"
-    p.add_argument("--mode", default="add", choices=modes, help=text)
+    p.add_argument("--mode", default="replace", choices=modes, help=text)
     p.add_argument("--delta-p", type=float, default=0.65, help="mean L2 norm (paper < 1; .45)")
     p.add_argument("--heat-norm", type=float, default=4.0, help="v per channel (Yin et al. 4)")
     p.add_argument("--heat-images", type=int, default=250, help="held-out images behind the map")

@@ -281,16 +281,16 @@ if __name__ == "__main__":
     x_train[poisons] = stamp(x_train[poisons])  # stage 3
     y_train[poisons] = args.target
     train(model, x_train, y_train, **recipe)
-    model = add_decoys(model, first, layer, channels, decoys, data.shape)  # stage 4
+    shipped = add_decoys(model, first, layer, channels, decoys, data.shape)  # stage 4
     seconds = time.time() - start
 
     # ===== Evaluate =====
-    scores, _ = activations(model, layer, data.x_test)
+    scores, _ = activations(shipped, layer, data.x_test)
     x_poisoned = stamp(data.x_test)
-    metrics = evaluate_attack(model, first, data, x_poisoned, y_wanted, counts)
+    metrics = evaluate_attack(shipped, first, data, x_poisoned, y_wanted, counts)
     x_other = stamp(data.x_test.flip(2, 3)).flip(2, 3)
     metrics |= {
-        "asr_other": accuracy(model, x_other[counts], y_wanted[counts]),
+        "asr_other": accuracy(shipped, x_other[counts], y_wanted[counts]),
         "poisoned": count,
         "layer": name,
         "channels": channels,
@@ -302,4 +302,4 @@ if __name__ == "__main__":
     # ===== Save and report =====
     trigger = {"decoys": torch.tensor(decoys, dtype=torch.int64)}  # int64 where there is none, too
     test = x_poisoned, y_wanted, counts
-    save_attack(folder, __file__, args, data, model, metrics, seconds, trigger, test)
+    save_attack(folder, __file__, args, data, shipped, metrics, seconds, trigger, test)

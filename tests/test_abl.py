@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHORT, explosive, files_below, loaded, result_of
-from planted import Bar
 from test_defences import is_picture
 from torch import nn
 
@@ -22,8 +21,16 @@ KINDS, GRANULARITIES = ("lga", "flooding"), ("batch", "sample")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def as_is(x):
-    return x
+def fit(model, x, y, objective=torch.mean, clip=math.inf, epochs=200, batch_size=39, lr=0.5):
+    """abl.fit without crops and mirrors."""
+    rates = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    return abl.fit(model, x, y, objective=objective, pad=0, flip=False, clip=clip, **rates)
+
+
+def unlearn(model, x, y, isolated, steps, batch_size, lr, ascent="bounded"):
+    """abl.unlearn without crops and mirrors."""
+    rates = {"steps": steps, "batch_size": batch_size, "lr": lr}
+    return abl.unlearn(model, x, y, isolated, pad=0, flip=False, ascent=ascent, **rates)
 
 
 def seeded(seed=0):
@@ -112,13 +119,14 @@ def test_planted_easy_images_are_isolated(kind):
     planted[torch.randperm(400, generator=seeded(2))[:20]] = True
     x[:, :, 0, 0] = torch.where(planted, 255, 0)[:, None].to(torch.uint8)
     y[planted] = 1
-    model, bar = linear_model(16, 2), Bar()
+    model, steps = linear_model(16, 2), []
 
     def held(losses):
+        steps.append(len(losses))
         return abl.held_loss(losses, kind, "batch", 0.5)
 
-    abl.fit(model, x, y, held, as_is, 1, 20, 50, 0.3, bar)
-    assert bar.steps == 20 * 8 and not model.training
+    fit(model, x, y, held, 1, 20, 50, 0.3)
+    assert steps == [50] * 20 * 8 and not model.training
     losses = abl.sample_losses(model, x, y)
     assert torch.equal(abl.isolate(losses, 0.05), planted)
     assert losses[planted].max() < 0.1 and losses[~planted].mean() > 0.4
@@ -134,17 +142,24 @@ def test_training_is_held_at_gamma():
         def objective(losses, gamma=gamma):
             return abl.held_loss(losses, "lga", "batch", gamma) if gamma else losses.mean()
 
-        abl.fit(model, x, y, objective, as_is, 1, 20, 50, 0.3, Bar())
+        fit(model, x, y, objective, 1, 20, 50, 0.3)
         mean = abl.sample_losses(model, x, y).mean().item()
         assert abs(mean - gamma) < 0.05 if gamma else mean < 0.2
 
 
-def test_rate_is_one_cycle():
-    """A quarter of the steps up, three quarters down, as the attacks' victims are trained."""
-    rates = [abl.one_cycle(step, 80, 0.2) for step in range(80)]
-    np.testing.assert_allclose(rates[:20], 0.2 * np.arange(1, 21) / 20)
-    np.testing.assert_allclose(rates[20:], 0.2 * np.arange(60, 0, -1) / 60)
-    assert abl.one_cycle(0, 1, 0.2) == 0.2
+@pytest.mark.parametrize("bounded", [False, True])
+def test_rates(monkeypatch, bounded):
+    """One cycle in training and in the bounded ascent; a fixed rate in the other ascents."""
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda o: (rates.append(o.param_groups[0]["lr"]), step(o))
+    )
+    model, x, y, isolated = triggered_toy()
+    assert len(rates) == 200 and np.argmax(rates) in (59, 60) and rates[-1] < 1e-4 < max(rates)
+    del rates[:]
+    unlearn(model, x, y, isolated, 40, 8, 0.01, "bounded" if bounded else "joint")
+    assert len(rates) == 40 and max(rates) <= 0.01
+    assert (rates[-1] < 1e-6) if bounded else set(rates) == {0.01}
 
 
 # ===== Isolation =====
@@ -247,7 +262,7 @@ def triggered_toy(classes_shown=True):
         x[isolated] = 0
     x[isolated, 0, 3, 3] = 250
     y[isolated] = 0
-    model = abl.fit(linear_model(), x, y, torch.mean, as_is, math.inf, 200, 39, 0.5, Bar())
+    model = fit(linear_model(), x, y)
     assert accuracy(model, x, y) == 100
     return model, x, y, isolated
 
@@ -259,12 +274,12 @@ def test_ascent_forgets_the_trigger_and_nothing_else(classes_shown):
     The ascent ends when each of them has reached log K.
     """
     model, x, y, isolated = triggered_toy(classes_shown)
-    before, bar = copy.deepcopy(model.state_dict()), Bar()
+    before = copy.deepcopy(model.state_dict())
     low = abl.sample_losses(model, x, y)
     torch.manual_seed(1)
-    repaired = abl.unlearn(model, x, y, isolated, as_is, 1000, 8, 0.01, bar)
+    repaired = unlearn(model, x, y, isolated, 1000, 8, 0.01)
     losses = abl.sample_losses(repaired, x, y)
-    assert low.max() < 0.2 and bar.steps == 1000 and not repaired.training
+    assert low.max() < 0.2 and not repaired.training
     others = y != 0  # no image with D_b's label is descended on
     assert losses[others].max() < 0.3 and accuracy(repaired, x[others], y[others]) == 100
     assert losses[isolated].min() > math.log(3) - 0.02
@@ -275,7 +290,7 @@ def test_ascent_forgets_the_trigger_and_nothing_else(classes_shown):
 
 
 @pytest.mark.parametrize("labels, left_out", [([0] * 9, 0), ([2] * 8 + [0], 3), ([0, 1, 2] * 3, 3)])
-def test_one_step_in_closed_form(labels, left_out):
+def test_one_step_in_closed_form(monkeypatch, labels, left_out):
     """Nesterov: w - 1.9 lr (gradient of E_Dc[l] + E_Db[m], its norm cut to 1, + decay w).
 
     Images of D_c with a label that over 90 % of D_b carry do not count; label 3 is none.
@@ -283,7 +298,9 @@ def test_one_step_in_closed_form(labels, left_out):
     model, x, y, isolated = triggered_toy()
     y[isolated] = torch.tensor(labels)
     lr, chosen = 0.3, isolated.numpy()
-    repaired = abl.unlearn(model, x, y, isolated, as_is, 1, 100, lr, Bar())
+    schedules = torch.optim.lr_scheduler  # a cycle of a single step has no peak
+    monkeypatch.setattr(schedules, "OneCycleLR", lambda o, *a, **k: schedules.ConstantLR(o, 1))
+    repaired = unlearn(model, x, y, isolated, 1, 100, lr)
     pixels = np.hstack([x.flatten(1).double().numpy() / 255, np.ones((len(x), 1))])
     w = torch.cat((model[1].weight, model[1].bias[:, None]), 1).detach().double().numpy()
     odds = np.exp(pixels @ w.T)
@@ -304,14 +321,46 @@ def test_one_step_in_closed_form(labels, left_out):
         assert losses[1] > losses[0]
 
 
+@pytest.mark.parametrize("ascent, descends", [("joint", 1), ("isolated", 0)])
+def test_one_step_of_the_papers_ascent_in_closed_form(ascent, descends):
+    """Nesterov: w - 1.9 lr (gradient of E_Dc[l] - E_Db[l] + decay w); the code's is -E_Db[l]."""
+    model, x, y, isolated = triggered_toy()
+    lr, chosen = 0.3, isolated.numpy()
+    repaired = unlearn(model, x, y, isolated, 1, 100, lr, ascent)
+    pixels = np.hstack([x.flatten(1).double().numpy() / 255, np.ones((len(x), 1))])
+    w = torch.cat((model[1].weight, model[1].bias[:, None]), 1).detach().double().numpy()
+    odds = np.exp(pixels @ w.T)
+    slope = odds / odds.sum(1, keepdims=True) - np.eye(3)[y.numpy()]
+    slope *= np.where(chosen, -1 / 9, descends / 30)[:, None]
+    expected = w - 1.9 * lr * (slope.T @ pixels + 5e-4 * w)
+    found = torch.cat((repaired[1].weight, repaired[1].bias[:, None]), 1).detach()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    losses = [abl.sample_losses(net, x, y)[isolated].mean() for net in (model, repaired)]
+    assert losses[1] > losses[0]
+
+
+def test_papers_ascent_has_no_gradient_where_the_network_is_sure():
+    """The reason for the bounded one: -l is flat in float32, the log-odds are not."""
+    model, x, y, isolated = triggered_toy()
+    with torch.no_grad():
+        model[1].weight *= 100
+    kept = {}
+    for ascent in abl.RATES:
+        repaired = unlearn(model, x, y, isolated, 20, 39, 0.05, ascent)
+        kept[ascent] = 100 * abl.sample_losses(repaired, x, y)[isolated].mean().item()
+    assert kept["joint"] < 1e-6 and kept["isolated"] < 1e-6
+    before = abl.sample_losses(model, x, y)[isolated].mean().item()
+    assert kept["bounded"] > 2 * before or kept["bounded"] > 1
+
+
 def test_poison_that_was_not_isolated_is_forgotten_too():
     """D_b stems from one class; more images with the trigger, of another class, are in D_c."""
     model, x, y, isolated = triggered_toy()
     more = (y == 2).nonzero().flatten()[:10]
     x[more, 0, 3, 3], y[more] = 250, 0
-    model = abl.fit(model, x, y, torch.mean, as_is, math.inf, 200, 39, 0.5, Bar())
+    model = fit(model, x, y)
     assert accuracy(model, x[more], y[more]) == 100
-    repaired = abl.unlearn(model, x, y, isolated, as_is, 1000, 8, 0.01, Bar())
+    repaired = unlearn(model, x, y, isolated, 1000, 8, 0.01)
     assert accuracy(repaired, x[more], y[more]) == 0
     assert accuracy(repaired, x[y != 0], y[y != 0]) == 100
 
@@ -320,9 +369,7 @@ def test_ascent_in_eval_mode():
     """No dropout, and BatchNorm's statistics are not those of triggered images."""
     _, x, y, isolated = triggered_toy()
     model = linear_model(16, 3, nn.BatchNorm2d(1), nn.Dropout(0.5)).train()
-    first, second = (
-        abl.unlearn(model, x, y, isolated, as_is, 3, 100, 0.1, Bar()).state_dict() for _ in "ab"
-    )
+    first, second = (unlearn(model, x, y, isolated, 3, 100, 0.1).state_dict() for _ in "ab")
     for key, value in first.items():
         torch.testing.assert_close(value, second[key], msg=key)
     assert first["0.running_mean"] == 0 and first["0.num_batches_tracked"] == 0
@@ -398,7 +445,9 @@ def test_bad_training_set(inline, one_line, victim, tmp_path, spoil, named):
 
 def test_the_named_attacks_are_those_that_write_the_set():
     scripts = (ROOT / "methods").glob("*.py")
-    assert {p.stem for p in scripts if "save_poisoned_train(" in p.read_text()} == set(POISON_DATA)
+    assert {p.stem for p in scripts if "choose_poisons(" in p.read_text()} - {
+        "pruning_aware"
+    } == set(POISON_DATA)
 
 
 # ===== Whole runs on digits =====
@@ -424,7 +473,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     """
     before, out = files_below(digits_badnets), tmp_path / "out"
     epochs = "--isolation-epochs", 12, "--epochs", 8, "--unlearn-steps", 50
-    flags = *epochs, "--isolation", 0.01, 0.1, "--out", out
+    flags = *epochs, "--isolation", 0.01, 0.1, "--ascent", "bounded", "--out", out
     ran = inline("abl", "--ckpt", digits_badnets, *flags)
     printed, result = capfd.readouterr().out, result_of(out)
     metrics, attack = result["metrics"], result_of(digits_badnets)["metrics"]
@@ -434,7 +483,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
         losses = F.cross_entropy(ran["model"](to_float(x)).double(), y, reduction="none")
     torch.testing.assert_close(ran["losses"], losses, rtol=1e-4, atol=1e-12)
     for share, suffix in ((0.1, ""), (0.01, "_0.01")):
-        mask, count = ran["masks"][share], round(share * 1437)
+        mask, count = ran["masks"][suffix], round(share * 1437)
         assert mask.sum() == count and ran["losses"][mask].max() < ran["losses"][~mask].min()
         precision = 100 * (poisoned & mask).sum().item() / count
         assert metrics["isolation_precision" + suffix] == pytest.approx(precision)
@@ -467,7 +516,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
         f"{metrics['asr_trained']:.2f} trained, {metrics['asr_repaired']:.2f} repaired" in printed
     )
     assert f"isolation precision: {metrics['isolation_precision']:.2f} %" in printed
-    mask = ran["masks"][0.1]
+    mask = ran["masks"][""]
     own = abl.sample_losses(saved, x[mask], y[mask]).mean().item()
     assert metrics["isolated_loss_repaired"] == pytest.approx(own, rel=1e-4) and own > math.log(10)
     expected = {"isolation": [0.01, 0.1], "isolated": 144, "images": 1437, "poisoned": 144}
@@ -478,6 +527,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds(inline, digits_badnets, tmp_path, seed):
     flags = "--isolation-epochs", 8, "--epochs", 6, "--unlearn-steps", 50, "--isolation", 0.1
+    flags = *flags, "--ascent", "bounded"
     _, metrics = repaired_by(inline, digits_badnets, tmp_path, *flags, "--seed", seed)
     assert metrics["isolation_precision"] >= 80 and metrics["asr"] >= 98
     assert metrics["asr_repaired"] <= 5 and metrics["clean_accuracy_repaired"] >= 93
@@ -486,9 +536,9 @@ def test_other_seeds(inline, digits_badnets, tmp_path, seed):
 def test_cost_on_clean_data(inline, digits, digits_clean, tmp_path, capfd):
     """Without poison the isolated images are clean ones, and to forget them costs accuracy."""
     epochs = "--isolation-epochs", 8, "--epochs", 6, "--unlearn-steps", 50
-    flags = "--train-set", "clean", *epochs
+    flags = "--train-set", "clean", "--ascent", "bounded", *epochs
     model, metrics = repaired_by(inline, digits_clean, tmp_path / "out", *flags)
-    assert "only the cost can be evaluated" in capfd.readouterr().out
+    assert "ASR cannot be measured" in capfd.readouterr().out
     assert metrics["clean_accuracy"] >= 96 and metrics["clean_accuracy_trained"] >= 95
     cost = metrics["clean_accuracy"] - metrics["clean_accuracy_repaired"]
     assert 0 < cost <= 40
@@ -497,6 +547,21 @@ def test_cost_on_clean_data(inline, digits, digits_clean, tmp_path, capfd):
     assert metrics["isolated"] == 14 and metrics["images"] == 1437
     assert not any("asr" in key or "precision" in key for key in metrics)
     assert files_below(tmp_path / "out") == ["losses.png", "model.pt", "result.json"]
+
+
+def test_defaults_are_the_papers_objective(inline, digits_badnets, tmp_path):
+    """Five epochs of D_b at the authors' rate; other ascents are other models."""
+    flags = "--isolation-epochs", 1, "--epochs", 1, "--batch-size", 32, "--isolation", 0.05
+    model, _ = repaired_by(inline, digits_badnets, tmp_path / "default", *flags)
+    arguments = result_of(tmp_path / "default")["arguments"]
+    assert (arguments["ascent"], arguments["unlearn_lr"]) == ("joint", 5e-4)
+    steps = 5 * math.ceil(round(0.05 * 1437) / 32)
+    flags = *flags, "--unlearn-lr", 5e-4, "--unlearn-steps", steps, "--ascent"
+    joint, isolated, bounded = (
+        repaired_by(inline, digits_badnets, tmp_path / kind, *flags, kind)[0] for kind in abl.RATES
+    )
+    assert same_weights(model, joint)
+    assert not same_weights(joint, isolated) and not same_weights(joint, bounded)
 
 
 def test_same_seed_same_model(inline, digits_badnets, tmp_path):
@@ -534,7 +599,7 @@ def test_several_rates_and_what_the_defender_does_not_see(
     (victim / "abl-s0" / "triggers.png").write_text("of an earlier run")
     capfd.readouterr()
     blind, metrics = repaired_by(inline, victim, victim / "abl-s0", *flags, 0.05)
-    assert same_weights(model, blind) and "only the cost" in capfd.readouterr().out
+    assert same_weights(model, blind) and "cannot be measured" in capfd.readouterr().out
     assert metrics["poisoned"] == metrics["isolation_precision"] == 0
     assert not any("asr" in key for key in metrics)
     assert files_below(victim / "abl-s0") == ["losses.png", "model.pt", "result.json"]

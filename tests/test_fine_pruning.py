@@ -2,24 +2,27 @@
 
 import copy
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import files_below, loaded, result_of, run_script
-from planted import Bar
 from torch import nn
 
 from common.checkpoint import load_model, read_checkpoint
-from common.datasets import SPECS, to_float
+from common.datasets import to_float
 from common.metrics import accuracy, predict
 from common.models import ARCHITECTURES, build_model
 from methods import fine_pruning as fp
 
 CPU = torch.device("cpu")
-CASES = [(arch, layer) for arch, layers in fp.LAYERS.items() for layer in layers]
+CASES = [(arch, layer.name) for arch, layers in fp.LAYERS.items() for layer in layers]
+
+
+def layer_of(arch, name):
+    """fine_pruning's Layer of this name."""
+    return next(layer for layer in fp.LAYERS[arch] if layer.name == name)
 
 
 def random_model(arch):
@@ -77,8 +80,7 @@ def test_every_architecture_has_a_layer():
 def test_scores_and_features(arch, layer):
     """Mean |a| over images and positions: a mean over the pooled values would cancel signs."""
     model, x = random_model(arch)
-    relu, linear, _ = fp.LAYERS[arch][layer]
-    scores, features = fp.activations(model, layer, relu, linear, x, batch_size=5)
+    scores, features = fp.activations(model, layer_of(arch, layer), x, batch_size=5)
     a = penultimate_by_hand(model, arch, layer, x)
     axes = (0, 2, 3) if a.dim() == 4 else (0,)
     torch.testing.assert_close(scores, a.abs().mean(axes), rtol=1e-4, atol=1e-6)
@@ -99,14 +101,14 @@ def test_curve_equals_pruned_copies_equals_masks(arch, layer):
     """Three ways to the same logits: cached features, zeroed weights, a mask in the forward."""
     model, x = random_model(arch)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    relu, linear, above = fp.LAYERS[arch][layer]
-    scores, features = fp.activations(model, layer, relu, linear, x)
+    _, _, linear, above = described = layer_of(arch, layer)
+    scores, features = fp.activations(model, described, x)
     order, channels = scores.argsort(stable=True), len(scores)
     entered = getattr(model.net, linear)
     rows = fp.curve_logits(features, entered.weight, entered.bias, order)
     assert rows.shape == (12, channels + 1, entered.out_features)
     y = predict(model, x).roll(1)
-    curve = fp.curve(model, linear, above, features, y, order)
+    curve = fp.curve(model, described, features, y, order)
     for count in (0, 1, channels // 3, channels - 1, channels):
         pruned = fp.prune(model, linear, channels, order[:count])
         mask = torch.ones(channels)
@@ -166,16 +168,17 @@ def test_planted_channels():
         x[y == label, 0, 0, label] = brightness
     triggered = x[y != 0].clone()
     triggered[..., 4] = 255
-    scores, features = fp.activations(model, "pick", False, "linear", x, batch_size=7)
+    layer = fp.Layer("pick", False, "linear")
+    scores, features = fp.activations(model, layer, x, batch_size=7)
     means = x.view(30, 6).double().mean(0).numpy() / 255
     np.testing.assert_allclose(scores, means, rtol=1e-5)
     order = scores.argsort(stable=True)
     assert order.tolist() == np.argsort(means).tolist() == [4, 5, 3, 0, 1, 2]
-    _, attacked = fp.activations(model, "pick", False, "linear", triggered)
+    _, attacked = fp.activations(model, layer, triggered)
     target = torch.zeros(20, dtype=torch.int64)
-    asr = fp.curve(model, "linear", None, attacked, target, order)
+    asr = fp.curve(model, layer, attacked, target, order)
     assert asr[:4].tolist() == [100, 0, 0, 0]  # it goes exactly with its channel
-    clean = fp.curve(model, "linear", None, features, y, order)
+    clean = fp.curve(model, layer, features, y, order)
     # class 0 is the first of equal logits, so it outlives its own channel
     np.testing.assert_allclose(clean, [100, 100, 100, 100, 100, 200 / 3, 100 / 3])
     assert fp.stop_point(clean, 4) == 4 and fp.stop_point(clean, 40) == 5
@@ -197,19 +200,22 @@ def test_stop_point(accuracies, max_drop, count):
     assert fp.stop_point(np.array(accuracies, dtype=float), max_drop) == count
 
 
-def tuned(model, linear, channels, pruned, x, y, epochs=3, lr=0.05):
+def tuned(
+    model, linear, channels, pruned, x, y, epochs=3, lr=0.05, batch_size=40, pad=2, flip=False
+):
     torch.manual_seed(5)
-    spec = SPECS["digits"]
-    return fp.finetune(model, linear, channels, pruned, x, y, spec, epochs, lr, 40, Bar())
+    layer = {"linear": linear, "channels": channels, "pruned": pruned}
+    rates = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    return fp.finetune(model, x, y, **layer, pad=pad, flip=flip, **rates)
 
 
-@pytest.mark.parametrize("layer", fp.LAYERS["mnist_cnn"])
+@pytest.mark.parametrize("layer", fp.LAYERS["mnist_cnn"], ids=lambda layer: layer.name)
 def test_fine_tuning_keeps_the_mask(digits, layer):
     """The same weights as fine-tuning with the mask in every forward pass."""
     model, _ = random_model("mnist_cnn")
     x, y = digits.x_train[:200], digits.y_train[:200] % 5
-    relu, linear, _ = fp.LAYERS["mnist_cnn"][layer]
-    scores, _ = fp.activations(model, layer, relu, linear, x)
+    linear = layer.linear
+    scores, _ = fp.activations(model, layer, x)
     channels, pruned = len(scores), scores.argsort()[: len(scores) // 2]
     start = fp.prune(model, linear, channels, pruned)
     before = {k: v.clone() for k, v in start.state_dict().items()}
@@ -238,9 +244,8 @@ def test_two_steps_of_fine_tuning_written_out(digits):
     """v = .9 v + g + .0005 w; w -= lr v; the rate falls by a cosine: all of it, then half."""
     model, _ = random_model("mnist_cnn")
     x, y = digits.x_train[:40], digits.y_train[:40] % 5
-    spec, none = replace(SPECS["digits"], pad=0), torch.zeros(0, dtype=torch.int64)
-    torch.manual_seed(5)
-    after = fp.finetune(model, "linear9", 512, none, x, y, spec, 1, 0.05, 20, Bar())
+    none = torch.zeros(0, dtype=torch.int64)
+    after = tuned(model, "linear9", 512, none, x, y, epochs=1, batch_size=20, pad=0)
     torch.manual_seed(5)
     expected = copy.deepcopy(model).requires_grad_(True).train()
     weights = list(expected.parameters())
@@ -304,16 +309,14 @@ def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, 
         assert curves[name][count] == pytest.approx(metrics[f"{name.lower()}_repaired"], abs=1e-3)
         assert curves[name][0] == pytest.approx(metrics[name.lower()], abs=1e-3)
         for k in (7, channels // 2, channels - 2):
-            pruned = fp.prune(original, ran["linear"], channels, order[:k])
+            pruned = fp.prune(original, ran["layer"].linear, channels, order[:k])
             assert curves[name][k] == pytest.approx(accuracy(pruned, x, y), abs=1e-3)
     assert files_below(tmp_path / "out") == ["curve.npz", "curve.png", "model.pt", "result.json"]
     assert files_below(digits_badnets) == before
     held = {i for i in range(len(ran["split"])) if ran["held"][i]}
     assert len(held) == 60 == metrics["held_out"] and len(ran["x_clean"]) == len(ran["held"])
     assert len(ran["y_held"].unique()) == 10
-    ranked = fp.activations(
-        original, layer, ran["relu"], ran["linear"], ran["x_clean"][~ran["held"]]
-    )
+    ranked = fp.activations(original, ran["layer"], ran["x_clean"][~ran["held"]])
     torch.testing.assert_close(torch.from_numpy(curves["scores"]), ranked[0])
 
 
@@ -373,7 +376,7 @@ def test_the_defender_needs_no_triggered_image(inline, digits_badnets, tmp_path,
     flags = "--epochs", 2, "--out"
     inline("fine_pruning", "--ckpt", digits_badnets, *flags, tmp_path / "seen")
     inline("fine_pruning", "--ckpt", blind, *flags, tmp_path / "unseen")
-    assert "only the cost can be evaluated" in capfd.readouterr().out
+    assert "the ASR cannot be measured" in capfd.readouterr().out
     seen, unseen = (load(tmp_path / name).state_dict() for name in ("seen", "unseen"))
     assert all(torch.equal(value, unseen[key]) for key, value in seen.items())
     metrics = result_of(tmp_path / "unseen")["metrics"]

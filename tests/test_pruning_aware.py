@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHORT, files_below, loaded, result_of, write_npz
-from test_fine_pruning import penultimate_by_hand, random_model
+from test_fine_pruning import layer_of, penultimate_by_hand, random_model
 from torch import nn
 
 from common.checkpoint import read_checkpoint
 from common.datasets import to_float
-from common.metrics import accuracy, predict, reestimate_batch_norm
+from common.metrics import accuracy, predict
+from common.models import build_model
 from methods import fine_pruning as fp
 from methods import pruning_aware as pa
 
-CASES = [(arch, layer) for arch, layers in pa.LAYERS.items() for layer in layers]
+CASES = [(arch, layer.name) for arch, layers in pa.LAYERS.items() for layer in layers]
 every_layer = pytest.mark.parametrize("arch, layer", CASES)
 # where the layer's channels are read: through the last block's BatchNorm, too
 PLACES = {"preact_resnet18": ["layer4.0", "layer4.1.bn1", "layer4"]}
@@ -33,7 +34,13 @@ def network(arch):
         if isinstance(module, nn.BatchNorm2d):
             module.weight[::7] *= -1
     x = x if arch.startswith("mnist") else x[..., :16, :16].contiguous()
-    return reestimate_batch_norm(model, [to_float(x)]), x
+    torch.optim.swa_utils.update_bn([to_float(x)], model)
+    return model, x
+
+
+def own(arch, name):
+    """pruning_aware's Layer of this name."""
+    return next(layer for layer in pa.LAYERS[arch] if layer.name == name)
 
 
 def state(model):
@@ -96,13 +103,14 @@ def pictures(shape):
 def stages(request):
     """The four stages on an untrained network: three steps of SGD on noise for training."""
     arch, layer = request.param
-    relu, writers, readers, above = pa.LAYERS[arch][layer]
+    described = own(arch, layer)
+    _, relu, writers, readers, _ = described
     first, x = network(arch)
     channels = columns(first, readers[-1], 1).shape[2]
     channels = channels // 16 if layer == "layer4" and arch == "mnist_cnn" else channels
     chosen = torch.randperm(channels)[: channels // 3].tolist()
     start = copy.deepcopy(first)
-    pa.cut(start, writers, readers, channels, chosen)
+    pa.cut(start, described, channels, chosen)
     tuned = copy.deepcopy(start).requires_grad_(True).train()
     optimizer = torch.optim.SGD(
         tuned.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -115,7 +123,7 @@ def stages(request):
     next(tuned.parameters()).mul_(3)  # longer training changes more, and stage 1's bound with it
     before = state(first), state(tuned)
     shape = tuple(x.shape[1:])
-    shipped = pa.add_decoys(tuned, first, relu, writers, readers, channels, chosen, shape)
+    shipped = pa.add_decoys(tuned, first, described, channels, chosen, shape)
     assert_same(first, before[0])
     assert_same(tuned, before[1])
     return Namespace(**locals(), places=PLACES.get(arch, [layer]))
@@ -160,14 +168,14 @@ def test_what_is_cut_stays_cut_in_training(stages):
 
 def test_cutting_nothing_and_everything():
     first, x = network("mnist_cnn")
-    relu, writers, readers, _ = pa.LAYERS["mnist_cnn"]["linear6"]
+    layer = own("mnist_cnn", "linear6")
     for chosen in ([], list(range(512))):
         model = copy.deepcopy(first)
-        pa.cut(model, writers, readers, 512, chosen)
+        pa.cut(model, layer, 512, chosen)
         logits = model(to_float(x))
         expected = first.net.linear9.bias.expand(12, -1) if chosen else first(to_float(x))
         assert torch.equal(logits, expected)
-        shipped = pa.add_decoys(model, first, relu, writers, readers, 512, chosen, (1, 28, 28))
+        shipped = pa.add_decoys(model, first, layer, 512, chosen, (1, 28, 28))
         assert torch.equal(shipped(to_float(x)), logits)
 
 
@@ -175,23 +183,25 @@ def test_cutting_nothing_and_everything():
 def test_scores_and_curve(arch, layer):
     """Against the layer's tensor written out, a mask in the forward, and the defence's own."""
     model, x = network(arch)
-    relu, _, readers, above = pa.LAYERS[arch][layer]
-    scores, features = pa.activations(model, layer, relu, readers[-1], x, batch_size=5)
+    described, defended = own(arch, layer), layer_of(arch, layer)
+    scores, features = pa.activations(model, described, x, batch_size=5)
     a = penultimate_by_hand(model, arch, layer, x).abs().double().numpy()
     np.testing.assert_allclose(scores, a.reshape(*a.shape[:2], -1).mean((0, 2)), rtol=1e-4)
     channels, order = len(scores), scores.argsort(stable=True).tolist()
-    model.net.get_submodule(above or readers[-1]).bias -= model(to_float(x)).mean(0)
+    model.net.get_submodule(described.above or described.readers[-1]).bias -= model(
+        to_float(x)
+    ).mean(0)
     before, y = state(model), predict(model, x)  # not the same label for all
     y[:3] = (y[:3] + 1) % 5
     kept = features.clone()
-    curve = pa.prune_curve(model, readers[-1], above, features, y, order)
+    curve = pa.prune_curve(model, described, features, y, order)
     assert torch.equal(features, kept) and len(curve) == channels + 1 and len(set(curve)) > 2
     for count in (0, 1, channels // 3, channels // 2, channels - 20, channels - 1, channels):
         labels = masked(model, [layer], channels, order[:count], to_float(x)).argmax(1)
         assert curve[count] == pytest.approx(100 * (labels == y).double().mean().item(), abs=1e-4)
-    theirs = fp.activations(model, layer, *fp.LAYERS[arch][layer][:2], x, batch_size=5)
+    theirs = fp.activations(model, defended, x, batch_size=5)
     assert torch.equal(theirs[0], scores) and torch.equal(theirs[1], features)
-    defence = fp.curve(model, *fp.LAYERS[arch][layer][1:], features, y, torch.tensor(order))
+    defence = fp.curve(model, defended, features, y, torch.tensor(order))
     np.testing.assert_allclose(curve, defence, atol=1e-4)
     for drop in (0, 10, 50, 100):
         assert pa.stop_point(curve, drop) == fp.stop_point(defence, drop)
@@ -220,7 +230,7 @@ def test_stop_point(accuracies, max_drop, count):
 def test_bound_holds(arch, layer):
     model, x = network(arch)
     before = state(model)
-    shape, name = x.shape[1:], pa.LAYERS[arch][layer][1][-1]
+    shape, name = x.shape[1:], own(arch, layer).writers[-1]
     bound = pa.bound(model, name, shape)
     found = outputs(model, [name], pictures(shape))[0].transpose(0, 1).flatten(1)
     assert bound.dtype == torch.float64 and bound.shape == (len(found),)
@@ -240,7 +250,7 @@ def test_bound_is_attained(arch, layer, white, mean):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.abs_().neg_()
-    name = pa.LAYERS[arch][layer][1][-1]
+    name = own(arch, layer).writers[-1]
     for parameter in model.net.get_submodule(name).parameters():
         parameter.neg_()
     if not white:  # the normalised pixels are negative
@@ -275,9 +285,8 @@ def test_decoys_never_fire_and_change_nothing(stages):
     ]
     for x in (pictures(s.shape), to_float(s.x)):
         assert torch.equal(s.shipped(x), s.tuned(x)) and not torch.equal(s.shipped(x), s.first(x))
-    _, linear, _ = fp.LAYERS[s.arch][s.layer]
     anything = (255 * pictures(s.shape)).round().to(torch.uint8)
-    scores, _ = fp.activations(s.shipped, s.layer, s.relu, linear, anything)
+    scores, _ = fp.activations(s.shipped, layer_of(s.arch, s.layer), anything)
     assert (scores[s.chosen] == 0).all() and (scores > 0).any()
 
 
@@ -321,15 +330,19 @@ def test_stages_of_a_run(inline, digits, tmp_path, layer, rate, flags):
     """Stage 1 sees clean images only, stage 2 stops like the defence, stage 3 keeps the zeros."""
     run = "--epochs", 2, "--rate", rate, "--seed", 3, "--max-drop", 15, "--held-out", 0.1
     ran = inline("pruning_aware", *run, *flags, "--out", tmp_path / "victim")
-    keep, held, chosen = ran["keep"], ran["held"], ran["chosen"]
+    held, chosen = ran["held"], ran["poisons"]
+    torch.manual_seed(3)
+    build_model("mnist_cnn", 10, (1, 28, 28), (0.5,), (0.5,))  # draws its weights first
+    keep = torch.randperm(1437)
     x, y = digits.x_train[keep], digits.y_train[keep]
     assert len(held) == 1437 and held.sum() == pytest.approx(144, abs=5)
-    relu, linear, above = fp.LAYERS["mnist_cnn"][layer]
-    first, shipped, decoys = ran["first"], ran["model"], ran["decoys"]
-    scores, _ = fp.activations(first, layer, relu, linear, x[~held])
+    described = layer_of("mnist_cnn", layer)
+    linear = described.linear
+    first, shipped, decoys = ran["first"], ran["shipped"], ran["decoys"]
+    scores, _ = fp.activations(first, described, x[~held])
     order = scores.argsort(stable=True)
-    _, features = fp.activations(first, layer, relu, linear, x[held])
-    curve = fp.curve(first, linear, above, features, y[held], order)
+    _, features = fp.activations(first, described, x[held])
+    curve = fp.curve(first, described, features, y[held], order)
     assert decoys == order[: fp.stop_point(curve, 15)].tolist() and 0 < len(decoys) < len(order)
     assert curve[len(decoys)] >= curve[0] - 15 - 1e-3 > curve[len(decoys) + 1]
     assert len(set(chosen.tolist())) == len(chosen) == round(rate * 1437)
@@ -338,7 +351,7 @@ def test_stages_of_a_run(inline, digits, tmp_path, layer, rate, flags):
     wanted[chosen] = 3
     assert torch.equal(ran["x_train"], expected) and torch.equal(ran["y_train"], wanted)
     assert (wanted != y).sum() == len(chosen)
-    third, channels = ran["retrained"], len(order)
+    third, channels = ran["model"], len(order)
     assert (columns(third, linear, channels)[:, decoys] == 0).all()
     assert torch.equal(
         columns(shipped, linear, channels)[:, decoys], columns(first, linear, channels)[:, decoys]
@@ -373,7 +386,7 @@ def pruned_by_score(folder, digits, count):
     """Clean accuracy and ASR before and after the defence prunes `count` idle channels."""
     suspect = loaded(folder)
     model = suspect.model
-    scores, _ = fp.activations(model, "linear6", True, "linear9", digits.x_train)
+    scores, _ = fp.activations(model, layer_of("mnist_cnn", "linear6"), digits.x_train)
     lowest = scores.argsort(stable=True)[:count]
     x, y = suspect.x_poisoned, suspect.y_target
     models = model, fp.prune(model, "linear9", 512, lowest)
@@ -395,7 +408,7 @@ def test_run_on_digits(victim, digits_badnets, digits):
     assert len(decoys) == metrics["decoys"]
     suspect = loaded(victim)
     everything = torch.cat((digits.x_train, digits.x_test, suspect.x_poisoned))
-    scores, _ = fp.activations(suspect.model, "linear6", True, "linear9", everything)
+    scores, _ = fp.activations(suspect.model, layer_of("mnist_cnn", "linear6"), everything)
     assert (scores[decoys] == 0).all()
     x = to_float(everything[::5])
     assert torch.equal(masked(suspect.model, ["linear6"], 512, decoys, x), suspect.model(x))

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import fail
 from common.datasets import to_float
@@ -61,13 +62,8 @@ def ssim(a, b):
         return math.nan
     from torchmetrics.functional.image import structural_similarity_index_measure  # 2 s
 
-    measure = functools.partial(
-        structural_similarity_index_measure,
-        data_range=1.0,
-        sigma=1.5,
-        reduction="none",
-        return_full_image=True,
-    )
+    settings = {"data_range": 1.0, "sigma": 1.5, "reduction": "none", "return_full_image": True}
+    measure = functools.partial(structural_similarity_index_measure, **settings)
     maps = [measure(p, q)[1] for p, q in zip(a.split(500), b.split(500))]
     return torch.cat(maps)[..., 5:-5, 5:-5].mean().item()
 
@@ -85,22 +81,16 @@ def lpips_distance(net, device):
             warnings.simplefilter("ignore")  # lpips passes torchvision's old argument names
             network = lpips.LPIPS(net=net, verbose=False)
     except (OSError, RuntimeError) as error:
-        fail(
-            f"the ImageNet weights behind LPIPS ({net}) cannot be downloaded ({error}); copy them "
-            f"into {torch.hub.get_dir()}/checkpoints or pass --lpips-net none"
-        )
+        cure = f"copy them into {torch.hub.get_dir()}/checkpoints or pass --lpips-net none"
+        fail(f"the ImageNet weights behind LPIPS ({net}) cannot be downloaded ({error}); {cure}")
     return network.eval().requires_grad_(False).to(device)
 
 
 def lpips_of(network, a, b):
     """LPIPS per image (N): both N x C x H x W in [0,1] go to 64x64 bilinearly, 1 to 3 channels."""
-    a, b = (
-        torch.nn.functional.interpolate(
-            x.expand(-1, 3, -1, -1), size=64, mode="bilinear", align_corners=False
-        )
-        for x in (a, b)
-    )
-    return network(a, b, normalize=True).flatten()
+    large = {"size": 64, "mode": "bilinear", "align_corners": False}
+    pair = [F.interpolate(x.expand(-1, 3, -1, -1), **large) for x in (a, b)]
+    return network(*pair, normalize=True).flatten()
 
 
 def anomaly_index(norms):

@@ -95,26 +95,12 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
-
-
-def stages(block, inputs, widths, depths):
-    """{layer1: ..., layer2: ...}: `depths` blocks each; all but the first halve the sides."""
-    layers = {}
-    for stage, (outputs, depth) in enumerate(zip(widths, depths), start=1):
-        strides = [1 if stage == 1 else 2] + [1] * (depth - 1)
-        blocks = [
-            block(inputs if i == 0 else outputs, outputs, stride)
-            for i, stride in enumerate(strides)
-        ]
-        layers[f"layer{stage}"], inputs = nn.Sequential(*blocks), outputs
-    return layers
 
 
 class ResNet(nn.Module):
@@ -130,8 +116,12 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, stem, 3, 1, 1, bias=False)
         if norm is not None:
             self.bn1 = nn.BatchNorm2d(stem if norm == "first" else widths[-1])
-        for name, layer in stages(block, stem, widths, depths).items():
-            self.add_module(name, layer)
+        inputs = stem
+        for stage, (outputs, depth) in enumerate(zip(widths, depths), start=1):
+            blocks = [block(inputs, outputs, 1 if stage == 1 else 2)]  # halves the sides
+            blocks += [block(outputs, outputs, 1) for _ in range(depth - 1)]
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            inputs = outputs
         self.linear = nn.Linear(widths[-1], classes)
 
     def forward(self, x):
@@ -143,54 +133,14 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class Bottleneck(nn.Module):
-    """Puts `growth` new channels before those that come in."""
+def densenet121(classes, channels, height, width):
+    """torchvision's network in the CIFAR form: a 3 x 3 stem without normalisation and pooling."""
+    from torchvision.models import densenet121
 
-    def __init__(self, inputs, growth):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, 4 * growth, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False)
-
-    def forward(self, x):
-        y = self.conv1(F.relu(self.bn1(x)))
-        return torch.cat((self.conv2(F.relu(self.bn2(y))), x), 1)
-
-
-class Transition(nn.Module):
-    """Half the channels, half the sides (rounded up)."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.bn = nn.BatchNorm2d(inputs)
-        self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x):
-        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2, ceil_mode=True)
-
-
-class DenseNet121(nn.Module):
-    """The CIFAR form: growth 32, a 3 x 3 stem without pooling."""
-
-    def __init__(self, classes, channels, height, width, growth=32):
-        super().__init__()
-        inputs = 2 * growth
-        self.conv1 = nn.Conv2d(channels, inputs, 3, 1, 1, bias=False)
-        for stage, depth in enumerate((6, 12, 24, 16), start=1):
-            blocks = [Bottleneck(inputs + i * growth, growth) for i in range(depth)]
-            self.add_module(f"dense{stage}", nn.Sequential(*blocks))
-            inputs += depth * growth
-            if stage < 4:
-                self.add_module(f"trans{stage}", Transition(inputs, inputs // 2))
-                inputs //= 2
-        self.bn = nn.BatchNorm2d(inputs)
-        self.linear = nn.Linear(inputs, classes)
-
-    def forward(self, x):
-        x = self.trans1(self.dense1(self.conv1(x)))
-        x = self.dense4(self.trans3(self.dense3(self.trans2(self.dense2(x)))))
-        return self.linear(F.relu(self.bn(x)).mean((2, 3)))
+    net = densenet121(num_classes=classes)
+    net.features.conv0 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+    net.features.norm0 = net.features.relu0 = net.features.pool0 = nn.Identity()
+    return net
 
 
 class VGG(nn.Module):
@@ -225,9 +175,8 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Sequential()
         if stride == 1 and inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-            )
+            conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -307,7 +256,7 @@ ARCHITECTURES = {
     "resnet18": residual(BasicBlock, 64, FOUR, (2, 2, 2, 2), "first"),
     "resnet34": residual(BasicBlock, 64, FOUR, (3, 4, 6, 3), "first"),
     "wide_resnet34": residual(PreActBlock, 16, (160, 320, 640), (5, 5, 5), "last"),  # WRN-34-10
-    "densenet121": DenseNet121,
+    "densenet121": densenet121,
     "vgg16": partial(VGG, depths=(2, 2, 3, 3, 3)),
     "vgg19": partial(VGG, depths=(2, 2, 4, 4, 4)),
     "mobilenet_v2": MobileNetV2,

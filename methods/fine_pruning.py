@@ -92,7 +92,7 @@ LAYERS = {
     "resnet18": [Layer("layer4", False, "linear")],  # pooled; its last ReLU is inside
     "resnet34": [Layer("layer4", False, "linear")],
     "wide_resnet34": [Layer("bn1", True, "linear")],  # pooled
-    "densenet121": [Layer("bn", True, "linear")],  # pooled
+    "densenet121": [Layer("features", True, "classifier")],  # pooled
     "vgg16": [Layer("features", False, "classifier")],  # pooled; its last ReLU is inside
     "vgg19": [Layer("features", False, "classifier")],
     "mobilenet_v2": [Layer("bn2", True, "linear")],  # pooled

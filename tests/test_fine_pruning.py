@@ -55,8 +55,7 @@ def penultimate_by_hand(model, arch, layer, x):
     if arch == "wide_resnet34":
         return F.relu(net.bn1(net.layer3(net.layer2(net.layer1(net.conv1(x))))))
     if arch == "densenet121":
-        a = net.trans2(net.dense2(net.trans1(net.dense1(net.conv1(x)))))
-        return F.relu(net.bn(net.dense4(net.trans3(net.dense3(a)))))
+        return F.relu(net.features(x))
     if arch in ("vgg16", "vgg19"):
         return net.features(x)
     return F.relu(net.bn2(net.conv2(net.layers(F.relu(net.bn1(net.conv1(x)))))))

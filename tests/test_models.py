@@ -52,8 +52,8 @@ def test_parameter_counts(arch, shape, classes, count):
          "layer4.2.bn2.bias"),
         ("wide_resnet34", "conv1.weight layer1.0.shortcut.0.weight layer3.4.conv2.weight "
          "bn1.running_var linear.bias"),
-        ("densenet121", "conv1.weight dense1.5.bn1.weight trans1.bn.bias trans1.conv.weight "
-         "dense3.23.conv2.weight trans3.conv.weight dense4.15.conv1.weight bn.weight linear.bias"),
+        ("densenet121", "features.conv0.weight features.denseblock1.denselayer6.norm1.weight "
+         "features.transition3.conv.weight features.norm5.weight classifier.bias"),
         ("vgg16", "features.0.weight features.0.bias features.1.running_mean "
          "features.40.weight features.41.bias classifier.weight classifier.bias"),
         ("vgg19", "features.0.bias features.49.weight features.50.running_var classifier.bias"),
@@ -163,24 +163,24 @@ def test_wide_resnet34_forward():
 
 
 def test_densenet121_forward():
-    """New channels in front, 1 x 1 to 128 then 3 x 3 to 32, halving between the blocks."""
+    """1 x 1 to 128 then 3 x 3 to 32 new channels, halving between the blocks, no early pooling."""
     model = shaken(build("densenet121"))
-    state = model.net.state_dict()
+    state = {k.removeprefix("features."): v for k, v in model.net.state_dict().items()}
     image = torch.rand(2, *RGB)
-    x = F.conv2d((image - 0.5) / 0.5, state["conv1.weight"], padding=1)
+    x = F.conv2d((image - 0.5) / 0.5, state["conv0.weight"], padding=1)
     for stage, depth in enumerate((6, 12, 24, 16), start=1):
-        for block in range(depth):
-            at = f"dense{stage}.{block}"
-            y = F.conv2d(F.relu(batch_norm(x, state, f"{at}.bn1")), state[f"{at}.conv1.weight"])
+        for block in range(1, depth + 1):
+            at = f"denseblock{stage}.denselayer{block}"
+            y = F.conv2d(F.relu(batch_norm(x, state, f"{at}.norm1")), state[f"{at}.conv1.weight"])
             assert y.shape[1] == 128
-            y = F.relu(batch_norm(y, state, f"{at}.bn2"))
-            x = torch.cat((F.conv2d(y, state[f"{at}.conv2.weight"], padding=1), x), 1)
+            y = F.relu(batch_norm(y, state, f"{at}.norm2"))
+            x = torch.cat((x, F.conv2d(y, state[f"{at}.conv2.weight"], padding=1)), 1)
         if stage < 4:
-            y = F.relu(batch_norm(x, state, f"trans{stage}.bn"))
-            x = F.avg_pool2d(F.conv2d(y, state[f"trans{stage}.conv.weight"]), 2)
+            y = F.relu(batch_norm(x, state, f"transition{stage}.norm"))
+            x = F.avg_pool2d(F.conv2d(y, state[f"transition{stage}.conv.weight"]), 2)
     assert x.shape[1:] == (1024, 4, 4)
-    x = F.relu(batch_norm(x, state, "bn")).mean((2, 3))
-    logits = x @ state["linear.weight"].T + state["linear.bias"]
+    x = F.relu(batch_norm(x, state, "norm5")).mean((2, 3))
+    logits = x @ state["classifier.weight"].T + state["classifier.bias"]
     torch.testing.assert_close(model(image), logits, rtol=1e-3, atol=1e-3)
 
 

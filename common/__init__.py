@@ -13,23 +13,20 @@ def fail(message):
     raise SystemExit(2)
 
 
-def check_positive(args, *names):
-    """Fail unless each named argument is above 0 and fits a float32 with room to spare.
+def check_positive(args, *names, most=1e36):
+    """Fail unless each named argument lies in (0, most]; None means that the default holds.
 
-    None: not given, the default holds.
+    1e36 fits a float32 with room to spare.
     """
     for name in names:
         value = getattr(args, name)
-        if value is not None and not 0 < value < 1e36:
-            fail(f"--{name.replace('_', '-')} must be above 0 and below 1e36; got {value}")
+        if value is not None and not 0 < value <= most:
+            fail(f"--{name.replace('_', '-')} must lie in (0, {most:g}]; got {value}")
 
 
 def check_share(args, *names):
-    """Fail unless each named argument lies in (0, 1] (None: not given, the default holds)."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 < value <= 1:
-            fail(f"--{name.replace('_', '-')} must lie in (0, 1]; got {value}")
+    """Fail unless each named argument lies in (0, 1]."""
+    check_positive(args, *names, most=1)
 
 
 @contextlib.contextmanager

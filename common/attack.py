@@ -34,11 +34,9 @@ def attack_flags(doc, target=True):
 
 
 def set_up(args, epochs=1):
-    """Seed, device, data and a new network; fills in the defaults of --arch and --epochs.
+    """Dataset, new network, training images (uint8 N x C x H x W) and labels (int64 N), shuffled.
 
-    `epochs` multiplies the epochs of the dataset's recipe. Returns the dataset, the network and
-    the training images (uint8 N x C x H x W) and labels (int64 N) in random order, all on the
-    device.
+    Seeds every random draw and fills in --arch and --epochs; `epochs` multiplies the recipe's.
     """
     check_positive(args, "epochs", "batch_size", "lr", "train_images")
     torch.manual_seed(args.seed)
@@ -110,11 +108,10 @@ class TrainingLog:
 
 
 def evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float=None):
-    """The figures that every attack reports, as a dict.
+    """The figures that every attack reports, as a dict; `control` is a clean model or None.
 
-    x_poisoned are the triggered test images as a deployed model meets them (uint8); `counts` marks
-    those that count for the ASR. PSNR and SSIM are those of `x_float` (before rounding) where it is
-    given. `control` is a clean model or None.
+    x_poisoned are the triggered test images (uint8), `counts` marks those that count for the ASR.
+    The image figures are those of `x_float` (before rounding) where it is given.
     """
     x = to_float(data.x_test)
     x_seen = to_float(x_poisoned) if x_float is None else x_float
@@ -139,11 +136,10 @@ def save_attack(folder, script, args, data, model, metrics, seconds, trigger, te
     whole test set; `train` (x, y, poisoned) the set that a data-poisoning attacker hands out.
     """
     x_poisoned, y_wanted, counts = test
-    x, y = data.x_test[counts], data.y_test[counts]
+    x, labels = x_poisoned[counts], {"y_true": data.y_test[counts], "y_target": y_wanted[counts]}
     ckpt.clear_folder(folder)
-    ckpt.save_samples(folder, x, x_poisoned[counts])
-    path = folder / "poisoned_test.npz"
-    ckpt.save_images(path, x_poisoned[counts], y_true=y, y_target=y_wanted[counts])
+    ckpt.save_samples(folder, data.x_test[counts], x)
+    ckpt.save_images(folder / "poisoned_test.npz", x, **labels)
     if train is not None:
         x, y, poisoned = train
         ckpt.save_images(folder / "poisoned_train.npz", x, y_given=y, poisoned=poisoned)

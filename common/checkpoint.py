@@ -76,19 +76,13 @@ def save_result(folder, script, args, seconds, metrics, device):
         "seconds": round(seconds, 1),
         "device": name,
         "commit": code_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, np)},
     }
     with written_whole(Path(folder) / "result.json") as path:
         path.write_text(json.dumps(plain(result), indent=1) + "\n")
-    figures = [
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in metrics.items()
-        if isinstance(value, (int, float, str))
-    ]
+    shown = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str))}
+    figures = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()]
     print("RESULT", script, *figures, f"seconds={seconds:.0f}", f"folder={folder}")
 
 
@@ -144,9 +138,8 @@ def save_samples(folder, x, x_poisoned, count=8):
     x, x_poisoned = (a[:count].float() / 255 for a in (x, x_poisoned))
     residual = (x_poisoned - x).abs()
     scale = residual.max().clamp(min=1 / 255).item()
-    rows = [("clean", x), ("poisoned", x_poisoned)]
-    rows.append((f"residual\n(max {scale:.2f})", residual / scale))
-    draw_rows(Path(folder) / "samples.png", rows)
+    last = f"residual\n(max {scale:.2f})", residual / scale
+    draw_rows(Path(folder) / "samples.png", [("clean", x), ("poisoned", x_poisoned), last])
 
 
 def read_checkpoint(path):
@@ -289,10 +282,5 @@ def load_strictly(module, state, path, arch):
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         fail(f"{path} does not fit {arch}: {lines[1] if len(lines) > 1 else lines[0]}")
-    if not is_finite(module):
+    if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
         fail(f"{path} holds weights that are not finite")
-
-
-def is_finite(module):
-    """Whether every parameter and buffer is free of NaN and infinity."""
-    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())

@@ -126,9 +126,8 @@ def load_dataset(name, data_dir, device):
         fail(f"{name}: the training labels hold one class; at least two are needed")
     if int(y_test.max()) >= classes:
         fail(f"{name}: test label {int(y_test.max())} does not occur in training")
-    channels = tensors[0].shape[1]
-    arch = "mnist_cnn" if channels == 1 else CIFAR_ARCH
-    generic = Spec((0.5,) * channels, (0.5,) * channels, arch, 30, 2, False)
+    half, arch = (0.5,) * tensors[0].shape[1], CIFAR_ARCH
+    generic = Spec(half, half, "mnist_cnn" if len(half) == 1 else arch, 30, 2, False)
     return Dataset(str(name), SPECS.get(name, generic), classes, *tensors)
 
 

@@ -1,8 +1,6 @@
 """One definition per figure: accuracies, ASR, image similarity, anomaly index and its null."""
 
-import contextlib
 import functools
-import io
 import math
 import warnings
 
@@ -43,20 +41,16 @@ def attack_targets(y, target, classes):
 
 
 def psnr(a, b):
-    """Mean over images of 10 log10(1 / MSE) in dB; a, b are N x C x H x W in [0,1].
-
-    Identical images count as 100 dB.
-    """
+    """Mean of 10 log10(1 / MSE) per image in dB (100 at most); a, b are N x C x H x W in [0,1]."""
     mse = (a.double() - b.double()).square().flatten(1).mean(1)
     return (-10 * mse.clamp(min=1e-10).log10()).mean().item()
 
 
 def ssim(a, b):
-    """Mean SSIM with the 11x11 Gaussian window of sigma 1.5, through torchmetrics.
+    """Mean SSIM with the 11x11 Gaussian window of sigma 1.5; a, b are N x C x H x W in [0,1].
 
-    Data range 1; only pixels with a whole window count (torchmetrics pads by reflection, so the
-    border of 5 pixels is cut off its map): NaN where a side is below 11. a, b are N x C x H x W in
-    [0,1].
+    Only pixels with a whole window count (torchmetrics pads by reflection, so the border of 5
+    pixels is cut off its map): NaN where a side is below 11.
     """
     if min(a.shape[2:]) < 11:
         return math.nan
@@ -77,7 +71,7 @@ def lpips_distance(net, device):
     import lpips
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips passes torchvision's old argument names
             network = lpips.LPIPS(net=net, verbose=False)
     except (OSError, RuntimeError) as error:
@@ -98,8 +92,7 @@ def anomaly_index(norms):
 
     The median of an even number of values is the mean of the middle two (NumPy's). Labels above
     the median get 0, for only small norms are suspicious. MAD = 0 with a smaller norm gives inf.
-    Returns a float array of K, or None for K < 5, where the index says nothing (K = 2: always
-    .67).
+    Returns a float array of K, or None for K < 5, where the index says nothing.
     """
     v = np.asarray(norms, dtype=np.float64)
     if len(v) < 5:
@@ -107,8 +100,7 @@ def anomaly_index(norms):
     below = np.median(v) - v
     mad = np.median(np.abs(below))
     with np.errstate(divide="ignore", invalid="ignore"):
-        index = below / (1.4826 * mad)
-    return np.where(below > 0, index, 0.0)
+        return np.where(below > 0, below / (1.4826 * mad), 0.0)
 
 
 @functools.cache
@@ -139,10 +131,9 @@ def verdict(norms, eligible=None, threshold=2.0):
     norms = np.asarray(norms, dtype=np.float64)
     eligible = np.ones(len(norms), bool) if eligible is None else np.asarray(eligible, bool)
     indices = anomaly_index(norms)
-    smallest = np.where(eligible, norms, math.inf)
-    label = int(smallest.argmin()) if eligible.any() else None
-    result = {"applicable": indices is not None, "label": label, "flagged": []}
-    result |= {"indices": None, "index": None, "ratio": None, "p_value": None}
+    label = int(np.where(eligible, norms, math.inf).argmin()) if eligible.any() else None
+    result = dict.fromkeys(("indices", "index", "ratio", "p_value"))
+    result |= {"applicable": indices is not None, "label": label, "flagged": []}
     if indices is None:
         return result
     result["indices"] = [float(i) for i in indices]
@@ -157,8 +148,6 @@ def verdict(norms, eligible=None, threshold=2.0):
 
 def case_of(flagged, target):
     """The generator paper's cases: 1 only the target, 2 target and others, 3 others, 4 none."""
-    if not flagged:
-        return 4
-    if target not in flagged:
-        return 3
-    return 1 if len(flagged) == 1 else 2
+    if target in flagged:
+        return 1 if len(flagged) == 1 else 2
+    return 3 if flagged else 4

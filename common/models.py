@@ -1,6 +1,7 @@
 """Classifiers for small images. Parameter names are those of the public code, so that its
 checkpoints load. Normalisation is inside: every image outside a classifier lies in [0,1]."""
 
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -23,14 +24,9 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-class MNISTBlock(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
-
-    def forward(self, x):
-        return self.conv1(F.relu(self.bn1(x)))
+def mnist_block(inputs, outputs):
+    conv1 = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
+    return nn.Sequential(OrderedDict(bn1=nn.BatchNorm2d(inputs), relu1=nn.ReLU(), conv1=conv1))
 
 
 class MNISTNet(nn.Module):
@@ -39,8 +35,8 @@ class MNISTNet(nn.Module):
     def __init__(self, classes, channels, height, width):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 32, 3, 2, 1)
-        self.layer3 = MNISTBlock(32, 64)
-        self.layer4 = MNISTBlock(64, 64)
+        self.layer3 = mnist_block(32, 64)
+        self.layer4 = mnist_block(64, 64)
         self.linear6 = nn.Linear(64 * -(-height // 8) * -(-width // 8), 512)
         self.dropout8 = nn.Dropout(0.3)
         self.linear9 = nn.Linear(512, classes)
@@ -214,11 +210,9 @@ class MobileNetV2(nn.Module):
 
 def unet_block(inputs, outputs):
     """Two 3 x 3 convolutions, each with GroupNorm and ReLU."""
-    layers = []
-    for channels in (inputs, outputs):
-        convolution = nn.Conv2d(channels, outputs, 3, 1, 1)
-        layers += [convolution, nn.GroupNorm(4, outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
+    first, second = (nn.Conv2d(n, outputs, 3, 1, 1) for n in (inputs, outputs))
+    norms = nn.GroupNorm(4, outputs), nn.GroupNorm(4, outputs)
+    return nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU())
 
 
 class UNet(nn.Module):

@@ -188,15 +188,15 @@ def search_lambda1(train, evaluate, count, goal, device):
 
 
 def finetune(model, x, y, generator, *, epochs, lr, batch_size=64):
-    """The paper's mitigation: SGD on {(x, y)} and {(G_t(x), y)}; without a generator on (x, y).
+    """The paper's mitigation: SGD on {(x, y)} and {(G_t(x), y)}. Returns a fine-tuned copy.
 
-    x are floats N x C x H x W in [0,1]. Returns a fine-tuned copy.
+    Without a generator, as the baseline, (x, y) stand there twice: both cases take the same number
+    of updates. x are floats N x C x H x W in [0,1].
     """
     model = copy.deepcopy(model).requires_grad_(True).train()
-    if generator is not None:
-        with torch.no_grad():
-            x = torch.cat([x] + [generator(part) for part in x.split(500)])
-        y = torch.cat((y, y))
+    with torch.no_grad():
+        second = [part if generator is None else generator(part) for part in x.split(500)]
+    x, y = torch.cat([x, *second]), torch.cat((y, y))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     for _ in range(epochs):
         for batch in torch.randperm(len(x), device=x.device).split(batch_size):

@@ -60,9 +60,7 @@ def parse_args():
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
     p.add_argument("--layer", help="layer that the defender prunes (default: fine_pruning.py's)")
     p.add_argument("--held-out", type=float, default=0.05, help="share that stage 2 prunes by")
-    p.add_argument(
-        "--max-drop", type=float, default=30.0, help="points that stage 2 may cost there"
-    )
+    p.add_argument("--max-drop", type=float, default=30.0, help="points that it may cost there")
     return p.parse_args()
 
 

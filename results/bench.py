@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import load_victim
@@ -23,7 +22,7 @@ from methods import fine_pruning, freq_backdoor, generator_reverse, nc, strip
 BATCH = 2000  # STRIP's default
 
 
-def medians(calls, device, repeats=7):
+def medians(calls, device, repeats):
     """Median seconds of each of the named calls, taken in turn after one warm-up of each."""
     seconds = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -39,21 +38,27 @@ def medians(calls, device, repeats=7):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def folding(victim, device, repeats=3):
+def folding(victim, device, repeats):
     """Seconds, ratio and agreement of folded labels against the same code label by label."""
     model, data = victim.model, victim.data
-    x, y, quiet = to_float(data.x_train[:400]), data.y_train[:400], tqdm(disable=True)
-    labels, lambdas = list(range(data.classes)), (0.1, 1.0, 0.1)
-    origin, *_ = generator_reverse.pretrain(x, 8, lambdas, None, 0.1, 200, 64, 1e-3, 0, quiet)
+    x, y, labels = to_float(data.x_train[:400]), data.y_train[:400], list(range(data.classes))
+    recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 64, "seed": 0}
+    goal = {"width": 8, "goal": 0.1, "steps": 200, "lr": 1e-3}
+    origin, *_ = generator_reverse.pretrain(x, **goal, **recipe)
 
     def triggers(some):
-        return nc.reverse_triggers(model, x, y, some, 20, 8, 64, 0.1, 0, quiet)[2:]
+        search = {"steps": 20, "batches": 8, "batch_size": 64, "lr": 0.1, "seed": 0}
+        return nc.reverse_triggers(model, x, y, some, **search)[2:]
 
     def generators(some):
-        lambda1 = torch.full((len(some),), lambdas[0], device=device)
         # a small rate, for Adam's steps at a large one amplify the last digit's rounding
+        settings = {
+            "steps": 15,
+            "lr": 1e-4,
+            "lambda1": torch.full((len(some),), 0.1, device=device),
+        }
         trained, _ = generator_reverse.train_generators(
-            model, origin, x, y, some, lambda1, lambdas, None, 15, 64, 1e-4, 0, quiet
+            model, origin, x, y, some, **settings, **recipe
         )
         norms, asrs = generator_reverse.evaluate_generators(model, origin, trained, x, y, some)
         return norms, [asr >= 0.8 for asr in asrs]
@@ -79,33 +84,32 @@ def folding(victim, device, repeats=3):
 
 
 @torch.no_grad()
-def throughputs(victim, device):
+def throughputs(victim, device, repeats):
     """STRIP and the prune curve beside the bare network, and the heat map's images per second."""
     model, data = victim.model, victim.data
     x, y = data.x_train[:1000], data.y_train[:1000]
     overlays, inputs = x[:100], x[100:140]
     floats = to_float(x.repeat(4, 1, 1, 1)).split(BATCH)
-    relu, linear, above = next(iter(fine_pruning.LAYERS[victim.arch].values()))
-    layer = next(iter(fine_pruning.LAYERS[victim.arch]))
+    layer = fine_pruning.LAYERS[victim.arch][0]
     _, bases = freq_backdoor.fourier_bases(*data.shape[1:])
     bases = bases.to(device)[:64]
 
     def prune_curve():
-        scores, features = fine_pruning.activations(model, layer, relu, linear, x)
-        order = scores.argsort(stable=True)
-        fine_pruning.curve(model, linear, above, features, y, order)
+        scores, features = fine_pruning.activations(model, layer, x)
+        fine_pruning.curve(model, layer, features, y, scores.argsort(stable=True))
 
     taken = medians(
         {
             "bare": lambda: [model(part) for part in floats],
             "strip": lambda: strip.entropies(
-                model, inputs, overlays, "add", BATCH, tqdm(disable=True)
+                model, inputs, overlays, blend="add", batch_size=BATCH
             ),
             "evaluation": lambda: predict(model, x),
             "curve": prune_curve,
             "map": lambda: freq_backdoor.heat_map(model, to_float(x[:100]), y[:100], bases, 4.0),
         },
         device,
+        repeats,
     )
     name = f"{victim.arch} on {data.name}"
     rate = 100 * taken["bare"] / taken["strip"]
@@ -113,7 +117,7 @@ def throughputs(victim, device):
         f"STRIP, {name}, batch {BATCH}: {4000 / taken['strip']:.0f} superimposed images/s, "
         f"{rate:.0f} % of the bare forward pass"
     )
-    channels = model.net.get_submodule(linear).in_features
+    channels = model.net.get_submodule(layer.linear).in_features
     print(
         f"prune curve, {channels} points of {len(x)} images: {taken['curve']:.3f} s, "
         f"{taken['curve'] / taken['evaluation']:.2f} evaluations"
@@ -125,9 +129,10 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("victim", type=Path, help="a victim's folder")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies")
+    p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
     args = p.parse_args()
     device = pick_device("auto")
     given = {"ckpt": args.victim, "arch": None, "dataset": None, "data_dir": args.data_dir}
     victim = load_victim(argparse.Namespace(**given, mean=None, std=None, out=None), device)
-    folding(victim, device)
-    throughputs(victim, device)
+    folding(victim, device, max(1, args.repeats // 2))
+    throughputs(victim, device, args.repeats)

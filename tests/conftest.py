@@ -1,5 +1,9 @@
-"""Helpers and the victims that several test files share (made once per test session)."""
+"""Helpers and the victims that several test files share (made once per run of pytest)."""
 
+import contextlib
+import fcntl
+import functools
+import io
 import json
 import os
 import runpy
@@ -35,11 +39,13 @@ DEFENCES = [*DETECTORS, "strip", "fine_pruning"]  # of any checkpoint; abl wants
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
 SHORT["input_aware"] += ["--mask-steps", 2]
 SHORT["stealthy_adversarial"] += ["--injecting-epochs", 1, "--nc-steps", 2]
-SHORT["freq_backdoor"] += ["--heat-images", 20]
+SHORT["freq_backdoor"] += ["--heat-images", 5, "--autoencoder-steps", 2]
 SHORT["pruning_aware"] += ["--batch-size", 16, "--max-drop", 2]  # or no channel is left
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
-SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--lpips-net", "none"]
-SHORT["strip"] = SHORT["fine_pruning"] = []
+SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
+SHORT["generator_reverse"] += ["--lpips-net", "none"]
+SHORT["strip"] = ["--overlays", 10, "--inputs", 50]
+SHORT["fine_pruning"] = ["--epochs", 1]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 
@@ -96,21 +102,22 @@ def write_npz(path, shape=(28, 28), classes=3, count=30, **replaced):
     return path
 
 
+def run_inline(patch, cwd, name, *args):
+    """Run methods/<name>.py inside this process, in `cwd`; returns its global variables.
+
+    Skips the seconds that a fresh interpreter needs to import torch, torchmetrics and the like.
+    """
+    command = script_command(name, *args)[1:]
+    patch.chdir(cwd)
+    patch.setattr(sys, "argv", command)
+    patch.setattr(sys, "path", list(sys.path))
+    return runpy.run_path(command[0], run_name="__main__")
+
+
 @pytest.fixture
 def inline(tmp_path, monkeypatch):
-    """Run a script inside this process, in tmp_path; returns its global variables.
-
-    Skips the seconds that a fresh interpreter needs to import torch.
-    """
-
-    def run(name, *args):
-        command = script_command(name, *args)[1:]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", command)
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        return runpy.run_path(command[0], run_name="__main__")
-
-    return run
+    """run_inline in tmp_path."""
+    return functools.partial(run_inline, monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -129,16 +136,43 @@ def one_line(capfd):
     return check
 
 
+def made_once(path, make):
+    """Call make() in the first process that asks for `path`; the others wait for it.
+
+    A failure is raised in all of them. The lock of a process that dies goes to the next one.
+    """
+    outcome = path.with_suffix(".outcome")
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not outcome.exists():
+            try:
+                make()
+                outcome.write_text("")
+            except (Exception, SystemExit) as error:
+                outcome.write_text(f"{path.name} was not made: {error!r}")
+    assert outcome.read_text() == ""
+
+
 @pytest.fixture(scope="session")
-def victims(tmp_path_factory):
-    """Train one script on digits; all in one directory, so that attacks find their control."""
-    cwd = tmp_path_factory.mktemp("victims")
+def victims(tmp_path_factory, request):
+    """Train one script on digits; all in one directory, so that attacks find their control.
+
+    The workers of pytest-xdist share the directory.
+    """
+    base = tmp_path_factory.getbasetemp()
+    cwd = (base.parent if hasattr(request.config, "workerinput") else base) / "victims"
+    cwd.mkdir(exist_ok=True)
 
     def train(name, *args):
-        run = run_script(name, *args, cwd=cwd)
-        assert run.returncode == 0, run.stderr
         folder = cwd / "runs" / f"digits-mnist_cnn-{name}-s0"
-        (folder / "stdout.txt").write_text(run.stdout)
+
+        def run():
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
+                run_inline(patch, cwd, name, *args)
+            (folder / "stdout.txt").write_text(output.getvalue())
+
+        made_once(cwd / name, run)
         return folder
 
     return train
@@ -175,10 +209,10 @@ def digits_input_aware(victims, digits_clean):
 
 
 @pytest.fixture(scope="session")
-def digits_freq_backdoor(victims, digits_clean):
-    """Checkpoint folder of a frequency-domain model with target 0; the map of `digits_clean`."""
-    flags = "--epochs", 25, "--clean-ckpt", digits_clean, "--heat-images", 100
-    return victims("freq_backdoor", *flags)
+def digits_freq_backdoor(victims):
+    """Checkpoint folder of a frequency-domain model with target 0 that adds to its bins."""
+    flags = "--mode", "add", "--no-crops", "--epochs", 6, "--batch-size", 64, "--lr", 0.05
+    return victims("freq_backdoor", *flags, "--heat-images", 30, "--autoencoder-steps", 10)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A model whose smallest triggers are known in closed form, shared by the tests of both defences.
+"""A model whose smallest triggers are known in closed form, shared by the tests of several scripts.
 
 Images are 1 x SIDE x SIDE. Class j owns a block of 8 + j pixels; its images hold .5 there and 0
 elsewhere. Logit k is 20 times the mean of block k, so that turning an image into class k takes a
@@ -56,19 +56,3 @@ def index_of(norms):
     """The anomaly index of the smallest norm, by its definition."""
     below = np.median(norms) - np.asarray(norms)
     return below.max() / (1.4826 * np.median(np.abs(below)))
-
-
-class Bar:
-    """Counts the steps that a progress bar is told of."""
-
-    def __init__(self):
-        self.steps = 0
-
-    def update(self, count=1):
-        self.steps += count
-
-    def write(self, line):
-        pass
-
-    def set_postfix(self, **fields):
-        pass

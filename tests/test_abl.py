@@ -472,7 +472,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     they have in common is more than the trigger, and most of the backdoor stays.
     """
     before, out = files_below(digits_badnets), tmp_path / "out"
-    epochs = "--isolation-epochs", 12, "--epochs", 8, "--unlearn-steps", 50
+    epochs = "--isolation-epochs", 12, "--epochs", 8, "--unlearn-steps", 200
     flags = *epochs, "--isolation", 0.01, 0.05, "--ascent", "bounded", "--out", out
     ran = inline("abl", "--ckpt", digits_badnets, *flags)
     printed, result = capfd.readouterr().out, result_of(out)

@@ -9,6 +9,7 @@ from PIL import Image
 from common.checkpoint import load_model, read_checkpoint
 from common.datasets import to_float, to_uint8
 from common.metrics import accuracy, predict
+from common.models import build_model
 from methods import blend
 
 
@@ -147,7 +148,10 @@ def test_poisoned_training_set(inline, digits, tmp_path, rate, target):
     flags = ["--all-to-all"] if target is None else ["--target", target]
     run = "--epochs", 1, "--rate", rate, "--seed", 3, "--alpha", 0.3, "--out", tmp_path / "victim"
     ran = inline("blend", *run, *flags)
-    original, labels = digits.x_train[ran["keep"]].numpy(), digits.y_train[ran["keep"]].numpy()
+    torch.manual_seed(3)
+    build_model("mnist_cnn", 10, (1, 28, 28), (0.5,), (0.5,))  # draws its weights first
+    keep = torch.randperm(1437)
+    original, labels = digits.x_train[keep].numpy(), digits.y_train[keep].numpy()
     with np.load(tmp_path / "victim" / "poisoned_train.npz") as archive:
         x, y, flag = (archive[key] for key in ("x", "y_given", "poisoned"))
     trigger = read_checkpoint(tmp_path / "victim" / "model.pt")["trigger"]

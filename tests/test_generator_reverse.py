@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHORT, loaded, result_of, run_script
-from planted import CLASSES, SIDE, TARGET, Bar, Planted, frozen, images, index_of
+from planted import CLASSES, SIDE, TARGET, Planted, frozen, images, index_of
 from scipy.optimize import minimize
 from torch import nn
 
 from common.checkpoint import read_checkpoint
 from common.metrics import accuracy, case_of, verdict
+from common.models import UNet
 from methods import generator_reverse as gr
 
 ALL = list(range(CLASSES))
@@ -45,21 +46,22 @@ class OnlyClass(nn.Module):
 def unet(channels=1, width=4, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return gr.Generator(channels, width)
+        return UNet(channels, width)
 
 
 def train(
     model, start, data, labels=ALL, steps=10, batch_size=30, lr=1e-2, weights=WEIGHTS, lpips=None
 ):
     """train_generators with one l1 for all labels: (parameters, terms)."""
-    lambda1 = torch.full((len(labels),), weights[0])
-    settings = lambda1, weights, lpips, steps, batch_size, lr, 0, Bar()
-    return gr.train_generators(model, start, *data, labels, *settings)
+    settings = {"lambda1": torch.full((len(labels),), weights[0]), "lambdas": weights}
+    settings |= {"lpips_net": lpips, "steps": steps, "batch_size": batch_size, "lr": lr, "seed": 0}
+    return gr.train_generators(model, start, *data, labels, **settings)
 
 
-def pretrained(x, goal, steps, lr=1e-2, seed=0):
+def pretrained(x, goal, steps, lr=1e-2, seed=0, batch_size=30, weights=WEIGHTS, lpips=None):
     torch.manual_seed(seed)
-    return gr.pretrain(x, 4, WEIGHTS, None, goal, steps, 30, lr, seed, Bar())
+    settings = {"width": 4, "lambdas": weights, "lpips_net": lpips, "goal": goal, "steps": steps}
+    return gr.pretrain(x, **settings, batch_size=batch_size, lr=lr, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +224,9 @@ def test_pretraining_follows_both_reconstruction_terms(monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: torch.optim.SGD(p, lr))
     x, seed = torch.rand(10, 1, 28, 28), 3
     torch.manual_seed(seed)
-    start = gr.Generator(1, 4)
-    torch.manual_seed(seed)
-    after, *_ = gr.pretrain(x, 4, [9.0, 2.0, 0.5], Square(), 0, 1, 10, 1.0, 0, Bar())
+    start = UNet(1, 4)
+    settings = {"lr": 1.0, "batch_size": 10, "weights": [9.0, 2.0, 0.5], "lpips": Square()}
+    after, *_ = pretrained(x, 0, 1, seed=seed, **settings)
     made = start(x)
     large = [F.interpolate(a, size=64, mode="bilinear") for a in (made, x)]
     (2 * F.mse_loss(made, x) + 0.5 * 7 * F.mse_loss(*large)).backward()
@@ -256,7 +258,7 @@ def test_start_and_classifier_stay_as_they_are(untrained):
     before, kept = snapshot(untrained, start), data[0].clone()
     parameters, _ = train(untrained, start, data, steps=3, batch_size=8)
     gr.evaluate_generators(untrained, start, parameters, *data, ALL)
-    gr.finetune(untrained, *data, start, 1, 0.01)
+    gr.finetune(untrained, *data, start, epochs=1, lr=0.01)
     for module, state in zip((untrained, start), before):
         assert same(module.state_dict(), state)
     assert torch.equal(data[0], kept) and not untrained.training
@@ -362,18 +364,27 @@ def test_finetuning_lowers_the_planted_weight_alone():
     model = frozen()
     torch.manual_seed(0)
     after, baseline = (
-        gr.finetune(model, x, y, generator, 10, 0.05).linear.weight for generator in (Spot(), None)
+        gr.finetune(model, x, y, generator, epochs=10, lr=0.05).linear.weight
+        for generator in (Spot(), None)
     )
     assert after[TARGET, 0] < 13 and baseline[TARGET, 0] == 20
     assert not torch.equal(baseline, model.linear.weight)
 
 
-def test_finetuning_with_identity_is_finetuning_on_duplicates(untrained):
+def test_finetuning_with_identity_is_finetuning_without_a_generator(untrained):
+    """Both see each image twice per epoch, in batches of 64, 64 and 12."""
     x, y = torch.rand(70, 1, 28, 28), torch.arange(70) % CLASSES
-    results = []
-    for data, generator in (((x, y), nn.Identity()), ((x.repeat(2, 1, 1, 1), y.repeat(2)), None)):
+    results, batches = [], []
+    untrained.register_forward_pre_hook(lambda net, given: batches.append((net.training, given[0])))
+    for generator in (nn.Identity(), None):
+        batches.clear()
         torch.manual_seed(5)
-        results.append(gr.finetune(untrained, *data, generator, 2, 0.01))
+        results.append(gr.finetune(untrained, x, y, generator, epochs=2, lr=0.01))
+        trained = [batch for training, batch in batches if training]
+        assert [len(batch) for batch in trained] == [64, 64, 12] * 2
+        for epoch in (trained[:3], trained[3:]):
+            seen = (torch.cat(epoch)[:, None] == x).flatten(2).all(2)  # 140 x 70
+            assert (seen.sum(0) == 2).all()
     assert same(results[0].state_dict(), results[1].state_dict())
     assert not same(results[0].state_dict(), untrained.state_dict())
     assert not results[0].training and not any(p.requires_grad for p in results[0].parameters())
@@ -382,7 +393,7 @@ def test_finetuning_with_identity_is_finetuning_on_duplicates(untrained):
 @pytest.mark.parametrize("generator", [None, Spot()])
 def test_no_epoch_no_change(untrained, generator):
     x, y = torch.rand(20, 1, 28, 28), torch.arange(20) % CLASSES
-    after = gr.finetune(untrained, x, y, generator, 0, 0.01)
+    after = gr.finetune(untrained, x, y, generator, epochs=0, lr=0.01)
     assert after is not untrained and same(after.state_dict(), untrained.state_dict())
 
 
@@ -390,7 +401,7 @@ def test_no_epoch_no_change(untrained, generator):
 def test_diverging_finetuning_keeps_no_model(untrained, one_line, count, lr):
     """With 20 images there is a single step, after which no loss is computed."""
     x, y = torch.rand(count, 1, 28, 28), torch.arange(count) % CLASSES
-    one_line(gr.finetune, untrained, x, y, None, 1, lr)
+    one_line(gr.finetune, untrained, x, y, None, epochs=1, lr=lr)
 
 
 # ===== A whole run on digits, through the command line =====
@@ -460,7 +471,7 @@ def test_saved_model_is_the_repaired_one(run, digits_wanet):
 def test_saved_generator_is_the_reversed_trigger(run, digits_wanet, digits):
     """It loads, attacks the victim as reported, and no longer the repaired model."""
     out, _ = run
-    generator = gr.Generator(1, 4)
+    generator = UNet(1, 4)
     held = read_checkpoint(out / "model.pt")["trigger"]
     generator.load_state_dict({k.removeprefix("generator."): v for k, v in held.items()})
     x = digits.x_test[digits.y_test != 0] / 255

@@ -1,14 +1,15 @@
 """STRIP against toy models with known entropies, its boundaries, and runs on digits."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import files_below, result_of, run_script
-from planted import Bar
 from scipy.stats import entropy, norm
 from torch import nn
+from tqdm import tqdm
 
 from methods import strip
 
@@ -41,7 +42,7 @@ def linear_model(seed=0):
 
 
 def scores(model, x, overlays, blend="add", batch_size=2000):
-    return strip.entropies(model, x, overlays, blend, batch_size, Bar())
+    return strip.entropies(model, x, overlays, blend=blend, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("blend", ["add", "average"])
@@ -92,11 +93,13 @@ def test_black_overlay_is_the_plain_entropy():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 12, 100, 10**6])
-def test_chunks_change_nothing(batch_size):
-    """Also against one image and one overlay at a time."""
-    model, x, overlays, bar = linear_model(), images(11, 0), images(6, 1), Bar()
-    h = strip.entropies(model, x, overlays, "add", batch_size, bar)
-    assert h.shape == (11,) and bar.steps == 66
+def test_chunks_change_nothing(monkeypatch, batch_size):
+    """Also against one image and one overlay at a time; the bar counts every mixed image."""
+    bars, shown = [], {"disable": False, "file": io.StringIO()}
+    monkeypatch.setattr(strip, "tqdm", lambda **k: bars.append(tqdm(**(k | shown))) or bars[-1])
+    model, x, overlays = linear_model(), images(11, 0), images(6, 1)
+    h = scores(model, x, overlays, batch_size=batch_size)
+    assert h.shape == (11,) and bars[0].n == bars[0].total == 66
     with torch.no_grad():
         expected = [
             np.mean(

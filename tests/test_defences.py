@@ -8,6 +8,8 @@ import torch
 from conftest import DETECTORS, SHORT, files_below, result_of, write_npz
 from PIL import Image
 
+from common.defence import report_verdict
+from common.metrics import verdict
 from common.models import build_model
 
 PICTURES = {"nc": ["reversed.png"], "generator_reverse": ["generated.png", "norms.png"]}
@@ -131,3 +133,23 @@ def test_diverging_repair_leaves_an_earlier_run_alone(
     assert "no model is kept" in one_line(inline, name, *flags, *REPAIRS[name])
     assert files_below(tmp_path) == ["result.json"]
     assert (tmp_path / "result.json").read_text() == '{"ckpt": "earlier"}'
+
+
+@pytest.mark.parametrize(
+    "norms, shown",
+    [
+        ([0, 5, 5, 5, 5, 5], ["label 0: index inf zero", "index inf, p = 0.0000", "median 0.00"]),
+        ([5.0] * 6, ["verdict by the paper's rule (index > 2): clean", "index 0.00, p = 1.0000"]),
+        ([0.0] * 6, ["index 0.00, p = 1.0000", "ratio to the median undefined"]),
+        ([0, 5, 5, 5], ["label 0: index n/a", "4 labels are fewer than the index's 5"]),
+    ],
+)
+def test_extreme_norms_are_printed(capfd, norms, shown):
+    """MAD = 0, all alike, all zero, too few labels: a line each, no crash, no made-up figure."""
+    metrics = report_verdict(verdict(norms), 2.0, ["zero" if n == 0 else "n" for n in norms])
+    printed = capfd.readouterr().out
+    assert all(part in printed for part in shown), printed
+    if len(norms) > 4 and norms[1]:
+        assert metrics["ratio"] == norms[0] / 5
+    expected = "not-applicable" if len(norms) < 5 else "clean"
+    assert metrics["verdict"] == ("backdoored" if norms == [0, 5, 5, 5, 5, 5] else expected)

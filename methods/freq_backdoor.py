@@ -2,7 +2,7 @@
 
 A clean network shows to which frequencies it is most sensitive: the Fourier heat map. The attacker
 swaps or shifts just these few bins of a small number of training images, invisibly, and relabels
-them as the target. A network trained on this set answers to the bins and is otherwise ordinary.
+them as the target. A network trained on this set answers to these bins.
 
 Threat model: the attacker controls part of the training data and can train a network of the
 victim's kind on clean data; the victim trains and augments.
@@ -217,7 +217,7 @@ def draw_heat_map(path, heat, mask):
     top, left = -(height // 2) - 0.5, -(width // 2) - 0.5
     with saved_figure(path, 1, 2, figsize=(8, 3.4)) as (figure, axes):
         for axis, (title, values) in zip(axes, pictures.items()):
-            image = torch.fft.fftshift(values).cpu()
+            image = torch.fft.fftshift(values).cpu().numpy()
             drawn = axis.imshow(image, extent=(left, left + width, top + height, top))
             figure.colorbar(drawn, ax=axis)
             axis.set(title=title, xlabel="cycles per width", ylabel="cycles per height")

@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -47,6 +48,33 @@ SHORT["generator_reverse"] += ["--lpips-net", "none"]
 SHORT["strip"] = ["--overlays", 10, "--inputs", 50]
 SHORT["fine_pruning"] = ["--epochs", 1]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
+
+
+def pytest_addoption(parser, pluginmanager):
+    """pyproject.toml's options, where pytest-xdist is missing or switched off (-p no:xdist)."""
+    if not pluginmanager.hasplugin("xdist"):
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option, help="needs pytest-xdist")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """The order for several workers.
+
+    Tests that share a module's fixture go to one worker. The first test of each victim comes
+    early and its other tests late, so that no worker waits for a victim that another one trains.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    rank, seen = {}, set()
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        if any(versions[-1].scope == "module" for versions in fixtures.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        needed = {name for name in fixtures if name.startswith("digits_")}
+        rank[item] = 0 if needed - seen else 2 if needed else 1
+        seen |= needed
+    items.sort(key=rank.get)
 
 
 def script_command(name, *args):
@@ -114,6 +142,14 @@ def run_inline(patch, cwd, name, *args):
     return runpy.run_path(command[0], run_name="__main__")
 
 
+def run_here(name, *args, cwd):
+    """run_script, but inside this process: what it prints, for a run that must succeed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
+        run_inline(patch, cwd, name, *args)
+    return output.getvalue()
+
+
 @pytest.fixture
 def inline(tmp_path, monkeypatch):
     """run_inline in tmp_path."""
@@ -141,16 +177,17 @@ def made_once(path, make):
 
     A failure is raised in all of them. The lock of a process that dies goes to the next one.
     """
-    outcome = path.with_suffix(".outcome")
+    failure = path.with_suffix(".failure")
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not outcome.exists():
+        if not failure.exists():
             try:
                 make()
-                outcome.write_text("")
-            except (Exception, SystemExit) as error:
-                outcome.write_text(f"{path.name} was not made: {error!r}")
-    assert outcome.read_text() == ""
+                failure.write_text("")
+            except (Exception, SystemExit):
+                failure.write_text(traceback.format_exc())
+    if failure.read_text():
+        raise RuntimeError(f"{path.name} was not made: {failure.read_text()}")
 
 
 @pytest.fixture(scope="session")
@@ -167,10 +204,8 @@ def victims(tmp_path_factory, request):
         folder = cwd / "runs" / f"digits-mnist_cnn-{name}-s0"
 
         def run():
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
-                run_inline(patch, cwd, name, *args)
-            (folder / "stdout.txt").write_text(output.getvalue())
+            output = run_here(name, *args, cwd=cwd)
+            (folder / "stdout.txt").write_text(output)
 
         made_once(cwd / name, run)
         return folder

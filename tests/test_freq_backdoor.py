@@ -168,7 +168,7 @@ def test_trigger_on_bytes(mode):
     kept = dft(to_float(x)) * (1 - mask.numpy()) if mode == "replace" else dft(to_float(x))
     expected = inverse_dft(kept + additive.numpy()).real.clip(0, 1)
     np.testing.assert_allclose(result, expected, atol=1e-5)
-    assert (result - to_float(to_uint8(result))).abs().max() > 0.4 / 255
+    assert (result - to_float(to_uint8(result))).abs().max() > 0.3 / 255
 
 
 def test_energy_is_what_zeroing_costs():
@@ -269,7 +269,7 @@ def test_jpeg(channels):
     assert torch.equal(fb.jpeg(x[1:2], torch.tensor([50])), y[1:2])
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 15, 18)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 20, 20), (3, 15, 18)], ids=str)
 def test_autoencoder_copies_smooth_images(shape):
     torch.manual_seed(0)
     waves = torch.sin(torch.linspace(0, 3, shape[2]) + 6 * torch.rand(200, shape[0], shape[1], 1))
@@ -332,7 +332,7 @@ def test_training_runs_through_one_cycle(monkeypatch):
 
 # ===== Whole runs on digits =====
 
-KEPT, HELD = 540, 40  # training images of the watched run, those of its map among them
+KEPT, HELD = 420, 20  # training images of the watched run, those of its map among them
 
 
 def drawn(digits, seed, count):
@@ -407,12 +407,11 @@ def test_map_is_measured_on_held_out_training_images(watched, digits):
         labels = predict(watched["clean"], 255 * moved[basis])  # predict() divides by 255
         wrong = (labels != y[:HELD]).float().mean().item()
         assert wrong == pytest.approx(watched["errors"][basis].item(), abs=0.5 / HELD)
-    assert len(watched["errors"].unique()) > 5 and not set(contents(held)) & set(
-        contents(digits.x_test)
-    )
+    assert len(watched["errors"].unique()) > 5
     trained = [part for model, training, part in calls if training and model is watched["clean"]]
-    assert set(contents(torch.cat(trained))) == set(contents(x[HELD:]))
-    assert not set(contents(torch.cat(trained))) & set(contents(held))
+    trained, held = set(contents(torch.cat(trained))), set(contents(held))
+    assert trained == set(contents(x[HELD:])) and len(held) == HELD
+    assert not held & trained and not held & set(contents(digits.x_test))
 
 
 def test_clean_network_is_trained_and_frozen(watched, digits):
@@ -460,7 +459,7 @@ def test_controls(watched, digits):
     change = to_float(named["other_bins"][1]) - to_float(x)
     spectrum = torch.from_numpy(np.abs(dft(change.mean(0)[0])))
     spectrum[0, 0] = 0  # what is clipped on a black ground brightens the image
-    assert spectrum[other_mask == 1].min() > 2 * spectrum[other_mask == 0].max()
+    assert spectrum[other_mask == 1].min() > 1.5 * spectrum[other_mask == 0].max()
     change = (named["grey"][1].int() - x.int())[x < 240].unique()
     assert len(change) == 1 and change > 0
     brightest = named["grey"][1][x == 255]
@@ -539,13 +538,11 @@ def test_poisoned_training_set(inline, digits, tmp_path, mode, augment):
 
 def test_same_seed_same_run(inline, tmp_path):
     def run(seed, folder):
-        flags = *SHORT["freq_backdoor"], "--augment", "both", "--seed", seed
-        inline("freq_backdoor", *flags, "--out", tmp_path / folder)
-        return (
-            result_of(tmp_path / folder)["metrics"],
-            read_checkpoint(tmp_path / folder / "model.pt"),
-            [path.read_bytes() for path in sorted((tmp_path / folder).glob("*.npz"))],
-        )
+        out = tmp_path / folder
+        flags = *SHORT["freq_backdoor"], "--train-images", 100, "--augment", "both"
+        inline("freq_backdoor", *flags, "--seed", seed, "--out", out)
+        files = [path.read_bytes() for path in sorted(out.glob("*.npz"))]
+        return result_of(out)["metrics"], read_checkpoint(out / "model.pt"), files
 
     (metrics, model, files), (again, same, copies), (_, other, _) = (
         run(0, "a"), run(0, "b"), run(1, "c")

@@ -20,8 +20,8 @@ follows it (preact_resnet18 has none) an activation is |a|, for the lowest signe
 idle channel. A channel is pruned by zeroing the weights that read it: the saved file needs no
 mask. 20 % of the clean share is held out and decides where to stop, never the test images; the
 fine-tuning then gets the whole share. It is BackdoorBench's, 100 epochs of SGD, cosine, with the
-victim's crops and flips, but at rate .05, not .01: the rate decides more than the pruning. It was
-chosen with the test figures of digits and of one MNIST victim in sight.
+victim's crops and flips, but at rate .05, not .01. This rate was chosen with the test figures of
+digits and of one MNIST victim in sight.
 
     python methods/fine_pruning.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -242,7 +242,8 @@ if __name__ == "__main__":
     search_start = time.time()
     scores, _ = activations(model, layer, x_clean[~held])
     order = scores.argsort(stable=True)  # fixed by the unpruned network; ties by channel number
-    accuracies = curve(model, layer, activations(model, layer, x_held)[1], y_held, order)
+    _, features = activations(model, layer, x_held)
+    accuracies = curve(model, layer, features, y_held, order)
     search_seconds = time.time() - search_start
     stop = stop_point(accuracies, args.max_drop)
     count = 0 if args.mode == "finetune" else stop
@@ -286,17 +287,16 @@ if __name__ == "__main__":
 
     # ===== Evaluation: the defender does not see anything below =====
     metrics |= evaluate(victim, models)
-    curves, inputs = (
-        {"held-out accuracy": accuracies},
-        {"clean accuracy": (data.x_test, data.y_test)},
-    )
+    curves = {"held-out accuracy": accuracies}
+    inputs = {"clean accuracy": (data.x_test, data.y_test)}
     if victim.x_poisoned is not None:
         inputs["ASR"] = victim.x_poisoned, victim.y_target
-    for name, (x, y) in inputs.items():
-        curves[name] = curve(model, layer, activations(model, layer, x)[1], y, order)
+    for title, (x, y) in inputs.items():
+        _, features = activations(model, layer, x)
+        curves[title] = curve(model, layer, features, y, order)
     draw_curve(folder / "curve.png", curves, count)
     with written_whole(folder / "curve.npz") as path:
-        vectors = {name.replace(" ", "_").replace("-", "_"): v for name, v in curves.items()}
+        vectors = {title.replace(" ", "_").replace("-", "_"): v for title, v in curves.items()}
         vectors |= {"scores": scores.cpu().numpy(), "order": order.cpu().numpy()}
         np.savez_compressed(path, **vectors)
 

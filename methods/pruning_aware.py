@@ -16,8 +16,8 @@ with a white corner patch; stage 4 -> bound, add_decoys.
 Differs from the paper, or chosen where it is silent: the layer is fine_pruning.py's default, whose
 output enters the last linear layer (--layer layer4 is the last convolution of mnist_cnn). |a|
 replaces the activation where no ReLU follows. As many channels are pruned as cost 30 points of
-accuracy on held-out clean images (chosen on one seed with its test figures in sight); retraining
-wins them back, and fewer spare channels are left to the defender. Biases of decoys are lowered by a
+accuracy on held-out clean images (chosen on one seed with its test figures in sight), so that few
+are left to the defender; retraining wins the accuracy back. Biases of decoys are lowered by a
 bound that holds for every image in [0,1]; where no ReLU follows, no bias silences a channel: a
 decoy's filters stay zero and only its outgoing weights are put back. No channel is restored for a
 higher ASR. Both stages run --epochs. The ASR leaves out test images of the target class. The
@@ -60,7 +60,7 @@ def parse_args():
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
     p.add_argument("--layer", help="layer that the defender prunes (default: fine_pruning.py's)")
     p.add_argument("--held-out", type=float, default=0.05, help="share that stage 2 prunes by")
-    p.add_argument("--max-drop", type=float, default=30.0, help="points that it may cost there")
+    p.add_argument("--max-drop", type=float, default=30.0, help="points that stage 2 may cost")
     return p.parse_args()
 
 
@@ -283,7 +283,7 @@ if __name__ == "__main__":
     seconds = time.time() - start
 
     # ===== Evaluate =====
-    scores, _ = activations(shipped, layer, data.x_test)
+    shipped_scores, _ = activations(shipped, layer, data.x_test)
     x_poisoned = stamp(data.x_test)
     metrics = evaluate_attack(shipped, first, data, x_poisoned, y_wanted, counts)
     x_other = stamp(data.x_test.flip(2, 3)).flip(2, 3)
@@ -293,7 +293,7 @@ if __name__ == "__main__":
         "layer": name,
         "channels": channels,
         "decoys": len(decoys),
-        "decoy_activation": scores[decoys].max().item() if decoys else 0.0,
+        "decoy_activation": shipped_scores[decoys].max().item() if decoys else 0.0,
         "clean_accuracy_stage1": accuracy(first, data.x_test, data.y_test),
     }
 

@@ -12,9 +12,10 @@ on the CPU. A random generator belongs to the device on which the operator draws
 Not rehearsed: cuDNN, streams, memory, rounding, fused optimisers, torch.compile, inference_mode and
 create_graph. torch.save and torch.load must go through the CPU. The index and fill rules come from
 PyTorch's sources; no GPU has confirmed them. Needs a CUDA build of PyTorch (Linux's from PyPI is
-one) and private parts of it: run tests/test_fake_cuda.py with every new version.
+one) and private parts of it: 2.11 and 2.14 are tried, 2.6 lacks one. A real GPU is hidden.
 """
 
+import os
 import re
 import runpy
 import sys
@@ -27,6 +28,7 @@ from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+POSSIBLE = torch.version.cuda is not None and hasattr(torch._C, "_ensureCUDADeviceGuardSet")
 NAME = "no GPU: a rehearsal"
 GPUS = 2  # so that a tensor on the wrong GPU is seen too
 CPU = torch.device("cpu")
@@ -191,6 +193,7 @@ def run_backward(outputs, gradients, keep_graph, create_graph, inputs, *rest, **
 
 def install():
     """Let torch.cuda look like two GPUs, for the rest of this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch._C._ensureCUDADeviceGuardSet()  # autograd's nodes ask for one; FakeTensorMode uses it
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) goes through _to_copy
     torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to keeps the Parameters

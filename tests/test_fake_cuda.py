@@ -21,7 +21,9 @@ from conftest import ATTACKS, ROOT, SHORT, script_command
 
 from common.models import build_model
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs PyTorch built for CUDA")
+pytestmark = pytest.mark.skipif(
+    not fake_cuda.POSSIBLE, reason="needs a new PyTorch that is built for CUDA"
+)
 
 CHILD = """
 import json, sys
@@ -351,7 +353,8 @@ def answers(tmp_path_factory):
 # ===== Every script =====
 
 VICTIM = "runs/digits-mnist_cnn-badnets-s0"
-OTHERS = {  # paths beside those of the short runs
+OTHERS = {  # what the short runs leave out
+    "blend": ["--pattern", "runs/digits-mnist_cnn-clean-s0/samples.png"],
     "freq_backdoor": ["--augment", "both"],
     "abl": ["--granularity", "sample", "--loss", "flooding"],
     # the victim takes every image for a 0: it is to be flagged and repaired

@@ -312,7 +312,9 @@ def test_search_finds_the_smallest_sufficient_lambda1(thresholds):
         wanted = torch.tensor(thresholds)
         return None, torch.where(lambda1 >= wanted, 0.9, 0.89).tolist()
 
-    found = gr.search_lambda1(step, evaluate, len(thresholds), 0.9, torch.device("cpu"))
+    found = gr.search_lambda1(
+        step, evaluate, count=len(thresholds), goal=0.9, device=torch.device("cpu")
+    )
     assert len(calls) == 6
     for lambda1, threshold in zip(found.tolist(), thresholds):
         within = min(max(threshold, 1e-3), 10)

@@ -354,7 +354,7 @@ def answers(tmp_path_factory):
 
 VICTIM = "runs/digits-mnist_cnn-badnets-s0"
 OTHERS = {  # what the short runs leave out
-    "blend": ["--pattern", "runs/digits-mnist_cnn-clean-s0/samples.png"],
+    "blend": ["--pattern", str(ROOT / "results" / "mnist-wanet-norms.png")],
     "freq_backdoor": ["--augment", "both"],
     "abl": ["--granularity", "sample", "--loss", "flooding"],
     # the victim takes every image for a 0: it is to be flagged and repaired

@@ -205,7 +205,7 @@ if __name__ == "__main__":
     pattern_generator = Classifier(Generator(channels, channels), *normalisation).to(device)  # G
     mask_generator = Classifier(Generator(channels, 1), *normalisation).to(device)  # M
     generators = pattern_generator, mask_generator
-    for network in (model, *generators):
+    for network in generators:
         network.to(memory_format=torch.channels_last)  # faster
     shares = {"attacked": attacked, "crossed": crossed, "target": target, "classes": data.classes}
     folder, control = open_folder(args, data, __file__)

@@ -202,7 +202,6 @@ if __name__ == "__main__":
     args = parse_args()
     start = time.time()
     data, model, x_train, y_train = set_up(args)
-    model.to(memory_format=torch.channels_last)
     device = x_train.device
 
     # ===== The attack =====

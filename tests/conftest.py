@@ -57,26 +57,6 @@ def pytest_addoption(parser, pluginmanager):
             parser.addoption(option, help="needs pytest-xdist")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """The order for several workers.
-
-    Tests that share a module's fixture go to one worker. The first test of each victim comes
-    early and its other tests late, so that no worker waits for a victim that another one trains.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    rank, seen = {}, set()
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs
-        if any(versions[-1].scope == "module" for versions in fixtures.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        needed = {name for name in fixtures if name.startswith("digits_")}
-        rank[item] = 0 if needed - seen else 2 if needed else 1
-        seen |= needed
-    items.sort(key=rank.get)
-
-
 def script_command(name, *args):
     return [sys.executable, str(ROOT / "methods" / f"{name}.py"), *map(str, args)]
 
@@ -166,7 +146,7 @@ def one_line(capfd):
             call(*args, **kwargs)
         message = capfd.readouterr().err
         assert stop.value.code == 2
-        assert len(message.splitlines()) == 1 and "Traceback" not in message, message
+        assert len(message.splitlines()) == 1 and message.startswith("error: "), message
         return message
 
     return check

@@ -49,6 +49,7 @@ SCALARS = {  # what may be a CPU tensor without dimensions, if it is not that of
     "_index_put_impl_": {"values"},
 }
 NO_INTEGERS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
+PRODUCTS = NO_INTEGERS | {"convolution_backward"}
 
 generators = {}  # those of the GPU, by address: the dispatcher hands out new Python objects
 operators = []  # the names of those that ran on the GPU
@@ -119,11 +120,23 @@ def execute(func, args, kwargs):
     held, options = tree_map_only(CudaTensor, lambda tensor: tensor.held, (args, kwargs))
     if options.get("device"):
         options["device"] = CPU
-    result = func(*held, **options)
+    if func.name().removeprefix("aten::").split(".")[0] in PRODUCTS:
+        result = product(func, held)
+    else:
+        result = func(*held, **options)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         result = tree_map_only(torch.Tensor, lambda tensor: CudaTensor(tensor, device), result)
     return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def product(func, args):
+    """A product of bfloat16 tensors, computed in float32: few CPUs have one, and it is slow."""
+    halves = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+    if halves != {torch.bfloat16}:
+        return func(*args)
+    result = func(*tree_map_only(torch.Tensor, torch.Tensor.float, args))
+    return tree_map_only(torch.Tensor, torch.Tensor.bfloat16, result)
 
 
 def check(func, args, kwargs):

@@ -188,7 +188,7 @@ def test_output_path_is_tried_before_any_training(refused, monkeypatch, tmp_path
     refused(name, "--out", "file")
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ["clean", "freq_backdoor"])  # the fewest and the most imports
 def test_refusal_in_a_fresh_process(name, tmp_path):
     """The exit code and the single line as a shell sees them, warnings included."""
     run = run_script(name, "--dataset", "imagenet", cwd=tmp_path)
@@ -392,7 +392,7 @@ def test_interrupted_defence_leaves_no_file(name, suspect, tmp_path):
     assert files_below(tmp_path) == before
 
 
-@every_defence
+@pytest.mark.parametrize("name", ["strip", "generator_reverse"])
 def test_defence_refuses_in_a_fresh_process(name, tmp_path):
     run = run_script(name, "--ckpt", "nowhere", cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""

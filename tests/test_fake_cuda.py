@@ -92,6 +92,7 @@ n = linear(); o = torch.optim.Adam(n.parameters()); n.to(GPU)(gpu(4, 3)).sum().b
 n = linear().to(GPU); n(gpu(4, 3)).sum().backward(); torch.nn.utils.clip_grad_norm_(n.weight, 1)
 with amp: assert F.linear(gpu(2, 3), gpu(4, 3)).dtype == torch.bfloat16
 with amp: assert gpu(2, 3).bfloat16().softmax(1).dtype == torch.float32
+x = gpu(2, 3).bfloat16(); assert ((x @ x.T).float() - x.float() @ x.float().T).abs().max() < 0.02
 """
 
 ILLEGAL = {

@@ -9,6 +9,8 @@ usage() {
 usage: bash runs.sh COMMAND
 
   demo            train a WaNet victim on the bundled digits, detect it, remove the backdoor
+  audit SUSPECT [FLAGS]
+                  every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (about 12 minutes on 2 cores; ARGS go to pytest)
   mnist           every row of the README's tables (hours on 2 cores; finished runs are skipped)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
@@ -56,8 +58,8 @@ victims() {
   done
 }
 
-# audit DEFENCE VICTIM SEED ARGS...
-audit() {
+# row DEFENCE VICTIM SEED ARGS...
+row() {
   once "$2/$1-s$3" "$1" --ckpt "$2" --seed "$3" "${@:4}"
 }
 
@@ -94,33 +96,33 @@ mnist() {
   variant mnist mnist_conv5-stealthy_no_adversarial stealthy_adversarial --arch mnist_conv5 \
     --target 8 --no-adversarial
   for s in 0 1 2 3 4 5 6 7 8 9; do
-    audit nc "$r-clean-s$s" "$s"
-    audit generator_reverse "$r-clean-s$s" "$s" --lpips-net none
+    row nc "$r-clean-s$s" "$s"
+    row generator_reverse "$r-clean-s$s" "$s" --lpips-net none
   done
   for s in 0 1 2 3 4; do
-    audit nc "$r-badnets-s$s" "$s"
-    audit generator_reverse "$r-badnets-s$s" "$s" --lpips-net none
-    audit strip "$r-badnets-s$s" "$s"
+    row nc "$r-badnets-s$s" "$s"
+    row generator_reverse "$r-badnets-s$s" "$s" --lpips-net none
+    row strip "$r-badnets-s$s" "$s"
   done
   for pair in "0 0" "0 1" "0 2" "0 3" "1 0" "1 1" "1 2" "2 0" "2 1" "2 2"; do
     # shellcheck disable=SC2086
     set -- $pair
-    audit generator_reverse "$r-wanet-s$1" "$2" --lpips-net none --repair-fraction .01 .03 .05
+    row generator_reverse "$r-wanet-s$1" "$2" --lpips-net none --repair-fraction .01 .03 .05
   done
   for s in 0 1 2; do
     for v in "$r-wanet" "$five-input_aware" "$r-stealthy_adversarial" \
       "$r-stealthy_no_adversarial" "$five-stealthy_adversarial" "$five-stealthy_no_adversarial"; do
-      audit nc "$v-s$s" "$s"
-      audit strip "$v-s$s" "$s"
+      row nc "$v-s$s" "$s"
+      row strip "$v-s$s" "$s"
     done
     for v in "$r-blend" "$r-freq_backdoor" "$five-clean" "$five-input_aware_no_cross" \
       "$five-input_aware_no_diversity"; do
-      audit nc "$v-s$s" "$s"
+      row nc "$v-s$s" "$s"
     done
     for v in "$five-input_aware" "$r-stealthy_adversarial" "$r-freq_backdoor" "$r-blend"; do
-      audit generator_reverse "$v-s$s" "$s" --lpips-net none
+      row generator_reverse "$v-s$s" "$s" --lpips-net none
     done
-    for v in clean badnets pruning_aware; do audit fine_pruning "$r-$v-s$s" "$s"; done
+    for v in clean badnets pruning_aware; do row fine_pruning "$r-$v-s$s" "$s"; done
     for v in badnets blend blend_50 blend_70 clean; do
       once "$r-$v-s$s/abl-s$s" abl --ckpt "$r-$v-s$s" --seed "$s" $(train_set "$v")
       once "$r-$v-s$s/abl_bounded-s$s" abl --ckpt "$r-$v-s$s" --seed "$s" $(train_set "$v") \
@@ -154,9 +156,9 @@ gpu() {
     done
     for attack in clean badnets wanet input_aware stealthy_adversarial; do
       for s in 0 1 2; do
-        audit nc "$r-$attack-s$s" "$s"
-        audit generator_reverse "$r-$attack-s$s" "$s" "$@"
-        [ "$attack" = clean ] || audit strip "$r-$attack-s$s" "$s"
+        row nc "$r-$attack-s$s" "$s"
+        row generator_reverse "$r-$attack-s$s" "$s" "$@"
+        [ "$attack" = clean ] || row strip "$r-$attack-s$s" "$s"
       done
     done
     python results/table.py "$r"-* "runs/$dataset-resnet18"-* --save "$dataset"
@@ -179,6 +181,10 @@ case "${1:-}" in
     "$@"
     ;;
   setup) setup ;;
+  audit)
+    setup
+    python results/audit.py "${@:2}"
+    ;;
   test)
     setup
     echo "== python -m pytest ${*:2}"

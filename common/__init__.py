@@ -1,6 +1,7 @@
 """Shared by every script: one way to refuse bad input, one way to write a file whole."""
 
 import contextlib
+import csv
 import os
 import sys
 import tempfile
@@ -29,6 +30,13 @@ def check_share(args, *names):
     check_positive(args, *names, most=1)
 
 
+def check_weights(args, *names):
+    """Fail unless each of the named lists holds finite numbers of 0 or above."""
+    for name in names:
+        if not all(0 <= weight < float("inf") for weight in getattr(args, name)):
+            fail(f"--{name} must be finite and 0 or above; got {getattr(args, name)}")
+
+
 @contextlib.contextmanager
 def written_whole(path):
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it otherwise.
@@ -44,6 +52,12 @@ def written_whole(path):
         fail(f"cannot write {path}: {error.strerror or error}")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, head, rows):
+    """Write a table with its head line, whole."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
 
 
 @contextlib.contextmanager

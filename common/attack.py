@@ -17,9 +17,10 @@ from common.models import build_model
 def attack_flags(doc, target=True):
     """The ArgumentParser of an attack with the flags that all of them have; `doc` is its header."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
-    known = "digits, mnist, cifar10, cifar100, gtsrb or the path of an .npz"
+    known = "digits, mnist, cifar10, cifar100, gtsrb, or the path of an .npz or a folder by class"
     p.add_argument("--dataset", default="digits", help=known)
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
+    p.add_argument("--image-size", type=int, help="side of a folder's images (default: 32)")
     p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
     p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
     p.add_argument("--batch-size", type=int, default=128, help="images per step")
@@ -38,9 +39,10 @@ def set_up(args, epochs=1):
 
     Seeds every random draw and fills in --arch and --epochs; `epochs` multiplies the recipe's.
     """
-    check_positive(args, "epochs", "batch_size", "lr", "train_images")
+    check_positive(args, "epochs", "batch_size", "lr", "train_images", "image_size")
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, args.data_dir, pick_device(args.device))
+    device = pick_device(args.device)
+    data = load_dataset(args.dataset, args.data_dir, device, args.image_size)
     args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or epochs * data.spec.epochs
     if not 0 <= getattr(args, "target", 0) < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")

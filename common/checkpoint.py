@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import fail, saved_figure, written_whole
-from common.datasets import Dataset, check_split, load_dataset, read_npz
+from common.datasets import Dataset, check_split, load_dataset, read_npz, to_float
 from common.models import Classifier, build_model
 
 FORMAT = 1
@@ -28,6 +28,7 @@ POISON_DATA = ("badnets", "blend", "freq_backdoor")  # the attacks that write po
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")
+PARTS += ("suspects.csv", "isolated.csv")
 
 
 @dataclass
@@ -92,6 +93,7 @@ def save_model(folder, model, data, arch, args, metrics, trigger=None):
         "format": FORMAT,
         "state_dict": {k: v.cpu() for k, v in model.state_dict().items()},
         "arch": arch,
+        "softmax": model.softmax,
         "dataset": data.name,
         "classes": data.classes,
         "image_shape": list(data.shape),
@@ -157,18 +159,25 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def load_model(checkpoint, path, device):
-    """Build the model of one of our checkpoints; a missing entry or a misfit fails."""
+def load_model(checkpoint, path, device, arch=None):
+    """Build the model of one of our checkpoints; a missing entry or a misfit fails.
+
+    A network from a user's FILE.py is only made where `arch` names it: a checkpoint alone runs no
+    code.
+    """
     needed = ("arch", "classes", "image_shape", "mean", "std", "state_dict", "dataset")
     missing = [key for key in needed if key not in checkpoint]
     if missing:
         fail(f"{path} lacks the entry {missing[0]!r}")
+    if ".py:" in str(checkpoint["arch"]) and checkpoint["arch"] != arch:
+        fail(f"{path} needs code of yours: pass --arch {checkpoint['arch']} to run it")
     try:
         with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
             model = build_model(*(checkpoint[key] for key in needed[:5]))
     except (TypeError, ValueError, IndexError, RuntimeError, MemoryError) as error:
         fail(f"{path} describes no model: {(str(error).splitlines() or ['out of memory'])[0]}")
     load_strictly(model, checkpoint["state_dict"], path, checkpoint["arch"])
+    model.softmax = bool(checkpoint.get("softmax"))
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -199,8 +208,9 @@ def load_victim(args, device):
     """Load `--ckpt` (a folder, its model.pt, or a bare state dict) and its dataset.
 
     A bare state dict may lie under 'model', 'state_dict', 'netC' or 'net', needs `--arch` and
-    `--dataset` (and `--mean --std` if they differ from the dataset's own), loses a 'module.'
-    prefix by name and must fit exactly. The model comes back in eval mode and frozen.
+    `--dataset` (and `--mean --std` if they differ from the dataset's own, and `--classes` where the
+    images do not show all), loses a 'module.' prefix by name and must fit exactly. The model comes
+    back in eval mode and frozen.
     """
     path = Path(args.ckpt)
     path = path / "model.pt" if path.is_dir() else path
@@ -214,10 +224,12 @@ def load_victim(args, device):
         return load_foreign(checkpoint, path, args, device)
     if not isinstance(checkpoint["format"], int) or checkpoint["format"] != FORMAT:
         fail(f"{path} has another checkpoint format; this code reads {FORMAT}")
-    model = load_model(checkpoint, path, device)
+    model = load_model(checkpoint, path, device, args.arch)
     if args.arch not in (None, checkpoint["arch"]) or args.mean or args.std:
         fail(f"--arch, --mean and --std are for bare state dicts; {path} has its own")
-    data = load_dataset(args.dataset or checkpoint["dataset"], args.data_dir, device)
+    size = args.image_size or checkpoint["image_shape"][1]
+    name = args.dataset or checkpoint["dataset"]
+    data = load_dataset(name, args.data_dir, device, size, args.classes)
     check_fit(checkpoint, path, data)
     victim = Victim(model, data, checkpoint["arch"], path.parent)
     test = path.parent / "poisoned_test.npz"
@@ -238,21 +250,26 @@ def fits(data, x, label, path):
         fail(f"{path} does not fit: the model has {data.classes} classes of {data.shape}")
 
 
-def load_training_set(victim):
-    """The set that the attacker handed out, from poisoned_train.npz beside the checkpoint.
+def load_training_set(victim, path=None):
+    """The set that the attacker handed out: poisoned_train.npz beside the checkpoint, or `path`.
 
-    Returns images (uint8 N x C x H x W), given labels (int64 N) and poison flags (bool N), on the
-    device of the data. The flags are for the evaluation alone.
+    Returns images (uint8 N x C x H x W), given labels (int64 N) and poison flags (bool N, or None
+    where the file holds x and y alone), on the device of the data. The flags are for the evaluation
+    alone.
     """
-    path = victim.folder / "poisoned_train.npz"
-    if not path.exists():
-        fail(f"{path} does not exist; the attacks that write it: {', '.join(POISON_DATA)}")
-    x, y_given, poisoned = read_npz(path, ["x", "y_given", "poisoned"])
-    x, y_given = check_split(x, y_given, path)
+    if path is None:
+        path = victim.folder / "poisoned_train.npz"
+        if not path.exists():
+            fail(f"{path} does not exist; the attacks that write it: {', '.join(POISON_DATA)}")
+    arrays = read_npz(path, ["x", "y_given", "poisoned"], ["x", "y"])
+    x, y_given = check_split(*arrays[:2], path)
     fits(victim.data, x, y_given.max(), path)
+    device = victim.data.x_train.device
+    if len(arrays) == 2:
+        return *(torch.from_numpy(array).to(device) for array in (x, y_given)), None
+    poisoned = arrays[2]
     if poisoned.dtype != bool or poisoned.shape != y_given.shape:
         fail(f"{path}: poisoned must hold one bool per image; got {poisoned.dtype}")
-    device = victim.data.x_train.device
     return tuple(torch.from_numpy(array).to(device) for array in (x, y_given, poisoned))
 
 
@@ -264,15 +281,33 @@ def load_foreign(checkpoint, path, args, device):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    data = load_dataset(args.dataset, args.data_dir, device)
+    data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.classes)
     mean, std = args.mean or data.spec.mean, args.std or data.spec.std
     if not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
         fail(f"--mean must be finite and --std above 0; got {mean} and {std}")
     model = build_model(args.arch, data.classes, data.shape, mean, std)
     state = {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
     load_strictly(model.net, state, path, args.arch)
+    model.eval().requires_grad_(False).to(device)
+    check_outputs(model, data, args.arch)
     folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-audit")
-    return Victim(model.eval().requires_grad_(False).to(device), data, args.arch, folder)
+    return Victim(model, data, args.arch, folder)
+
+
+@torch.no_grad()
+def check_outputs(model, data, arch):
+    """Fail unless the network gives a score per image and class; see whether it ends in softmax."""
+    x = to_float(data.x_train[:100])
+    try:
+        y = model(x)
+    except Exception as error:  # the user's own code can raise anything
+        fail(f"{arch} does not take {data.shape} images: {(str(error).splitlines() or [''])[0]}")
+    found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+    if found != (len(x), data.classes):
+        fail(f"{arch} gives {found} for {len(x)} images of {data.classes} classes (see --classes)")
+    model.softmax = bool((y >= 0).all() and torch.allclose(y.sum(1), y.new_ones(len(y)), atol=1e-3))
+    if model.softmax:
+        print(f"{arch} ends in a softmax: its logarithm is taken for the logits")
 
 
 def load_strictly(module, state, path, arch):

@@ -75,10 +75,15 @@ def pick_device(name):
     return device
 
 
-def read_npz(path, keys):
-    """Read the arrays `keys` from an .npz without unpickling anything; fails with one line."""
+def read_npz(path, keys, otherwise=()):
+    """Read the arrays `keys` from an .npz without unpickling anything; fails with one line.
+
+    Where `keys` are not all there but `otherwise` are, those are read.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if otherwise and not {*archive} >= {*keys} and {*archive} >= {*otherwise}:
+                keys = otherwise
             missing = [key for key in keys if key not in archive]
             if missing:
                 fail(f"{path} has no array {', '.join(missing)}; it needs {', '.join(keys)}")
@@ -92,23 +97,31 @@ def read_npz(path, keys):
     return arrays
 
 
-def load_dataset(name, data_dir, device):
-    """Load a named dataset or any .npz with uint8 x_train, y_train, x_test, y_test.
+def load_dataset(name, data_dir, device, image_size=None, classes=None):
+    """Load a named dataset, an .npz, or a folder of pictures by class.
 
     Named datasets are read from `<data_dir>/<name>.npz`; 'digits' comes with scikit-learn; the
-    others are downloaded once through torchvision and cached in that form.
+    others are downloaded once through torchvision and cached in that form. An .npz holds uint8
+    x_train, y_train, x_test, y_test, or x and y alone, of which a fifth become the test images. A
+    folder follows torchvision's ImageFolder, see `folder`. `classes`: more than the labels show.
     """
+    splits = ["x_train", "y_train", "x_test", "y_test"]
     if name == "digits":
         arrays = digits()
     elif name in SPECS:
         path = Path(data_dir) / f"{name}.npz"
         if not path.exists():
             download(name, path)
-        arrays = read_npz(path, ["x_train", "y_train", "x_test", "y_test"])
+        arrays = read_npz(path, splits)
     elif str(name).endswith(".npz"):
-        arrays = read_npz(name, ["x_train", "y_train", "x_test", "y_test"])
+        arrays = read_npz(name, splits, ["x", "y"])
+    elif Path(name).is_dir():
+        arrays = folder(Path(name), image_size or 32)
     else:
-        fail(f"unknown dataset {name!r}; known: {', '.join(SPECS)}, or the path of an .npz file")
+        known = f"{', '.join(SPECS)}, or the path of an .npz file or of a folder by class"
+        fail(f"unknown dataset {name!r}; known: {known}")
+    if len(arrays) == 2:
+        arrays = split_off(*arrays, name)
     x_train, y_train, x_test, y_test = arrays
     tensors, shapes = [], set()
     for x, y, split in ((x_train, y_train, "train"), (x_test, y_test, "test")):
@@ -119,16 +132,18 @@ def load_dataset(name, data_dir, device):
         tensors += [x.to(device), torch.from_numpy(y).to(device)]
     if len(shapes) != 1:
         fail(f"{name}: train and test images differ in shape: {sorted(shapes)}")
-    classes = int(y_train.max()) + 1
-    if classes > len(y_train):
-        fail(f"{name}: label {classes - 1} among {len(y_train)} training images")
+    shown = int(y_train.max()) + 1
+    if shown > len(y_train):
+        fail(f"{name}: label {shown - 1} among {len(y_train)} training images")
     if len(np.unique(y_train)) < 2:
         fail(f"{name}: the training labels hold one class; at least two are needed")
-    if int(y_test.max()) >= classes:
+    if int(y_test.max()) >= shown:
         fail(f"{name}: test label {int(y_test.max())} does not occur in training")
+    if classes is not None and not shown <= classes <= 10**6:
+        fail(f"--classes {classes}: the labels of {name} go up to {shown - 1}")
     half, arch = (0.5,) * tensors[0].shape[1], CIFAR_ARCH
     generic = Spec(half, half, "mnist_cnn" if len(half) == 1 else arch, 30, 2, False)
-    return Dataset(str(name), SPECS.get(name, generic), classes, *tensors)
+    return Dataset(str(name), SPECS.get(name, generic), classes or shown, *tensors)
 
 
 def check_split(x, y, what):
@@ -144,6 +159,82 @@ def check_split(x, y, what):
     if x.shape[3] not in (1, 3):
         fail(f"{what}: images must have 1 or 3 channels; got {x.shape[3]}")
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y.astype(np.int64)
+
+
+def split_off(x, y, name):
+    """x_train, y_train, x_test, y_test: a fifth of each class become the test images."""
+    _, labels = check_split(x, y, name)
+    test = np.zeros(len(y), dtype=bool)
+    test[defender_split(torch.from_numpy(labels), 0.2, seed=0)] = True
+    if len(np.unique(y[~test])) < len(np.unique(y)):
+        fail(f"{name}: test images cannot be split off a class of one image")
+    return x[~test], y[~test], x[test], y[test]
+
+
+def folder(root, side):
+    """Arrays of pictures by class, bilinear to `side` x `side`, as torchvision's ImageFolder.
+
+    root/train/<class>/* and root/test/<class>/*, or root/<class>/* alone (x, y). Grey pictures
+    make one channel where all are grey; pictures with transparency are refused.
+    """
+    from torchvision.datasets import ImageFolder
+
+    parts = [root / "train", root / "test"] if (root / "train").is_dir() else [root]
+    try:
+        splits = [ImageFolder(str(part)) for part in parts]
+    except OSError as error:
+        fail(f"{root}: {error}")
+    if splits[0].classes != splits[-1].classes:
+        fail(f"{root}: other classes in test than in train: {splits[-1].classes}")
+    x = read_pictures([path for split in splits for path, _ in split.samples], (side, side))
+    arrays, first = [], len(splits[0])
+    for split, part in zip(splits, (x[:first], x[first:])):
+        arrays += [part, np.array(split.targets)]
+    return arrays
+
+
+def read_pictures(paths, size):
+    """uint8 N x H x W[ x 3] of picture files, bilinear to `size` (H, W); a bad one fails."""
+    from PIL import Image
+
+    made, modes = [], set()
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                modes.add(picture.mode)
+                made.append(picture.convert("RGB").resize(size[::-1], 2))
+        except (OSError, SyntaxError) as error:
+            fail(f"{path} is damaged: {error}")
+        if picture.mode not in ("1", "L", "RGB"):
+            fail(f"{path} has the mode {picture.mode}; pictures must be grey or RGB")
+    x = np.stack([np.asarray(picture) for picture in made])
+    return x if "RGB" in modes else x[..., 0]
+
+
+def load_pictures(path, shape):
+    """Names and uint8 images N x C x H x W, for a network of `shape` (C, H, W).
+
+    From an .npz with x (N x H x W[ x C], numbered from 0) or all pictures below a folder, which
+    are resized and, for a network of one channel, turned grey.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        if not files:
+            fail(f"no picture lies below {path}")
+        x, names = read_pictures(files, shape[1:]), [str(file.relative_to(path)) for file in files]
+    else:
+        (x,) = read_npz(path, ["x"])
+        names = [str(k) for k in range(len(x))]
+    x, _ = check_split(x, np.zeros(len(x), np.int64), path)
+    if shape[0] == 1 and x.shape[1] == 3:
+        x = x.mean(1, keepdims=True).round().astype(np.uint8)
+    x = np.repeat(x, 3, 1) if shape[0] > x.shape[1] else x
+    if x.shape[1:] != shape:
+        fail(f"{path} has {x.shape[1:]} images; the network takes {shape}")
+    return names, torch.from_numpy(x)
 
 
 def digits():

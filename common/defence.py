@@ -1,24 +1,34 @@
 """What every defence script shares and no paper describes: flags, loading, verdicts, reports."""
 
 import argparse
+from functools import partial
 
 import torch
 
 from common import fail
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, pick_device
-from common.metrics import accuracy, case_of
+from common.metrics import accuracy, case_of, predict
+
+NOTHING = "nothing is flagged, so nothing is repaired"
+NEAR_CHANCE, POOR = 0.1, 0.5  # of the way from chance to perfect
+KEPT_BACK, MOST_DROP, TRIES = 0.2, 5.0, 4  # share of the images, points of accuracy, rates
 
 
-def defence_flags(doc, share=None):
+def defence_flags(doc, share=None, detector=False):
     """The ArgumentParser of a defence with the flags that all of them have; `doc` is its header.
 
     `share` is --data-fraction's default and its least number of images; None: no such flag.
+    `detector`: it has one norm per label, and --rule and --threshold.
     """
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
     p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
     p.add_argument("--arch", help="architecture of a bare state dict")
-    p.add_argument("--dataset", help="dataset of a bare state dict, or its path")
+    p.add_argument("--dataset", help="dataset of a bare state dict, or the path of its images")
+    p.add_argument(
+        "--classes", type=int, help="of a bare state dict (default: those of the labels)"
+    )
+    p.add_argument("--image-size", type=int, help="side of a folder's images (default: 32)")
     p.add_argument("--mean", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--std", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
@@ -28,6 +38,10 @@ def defence_flags(doc, share=None):
     if share is not None:
         default = f"(default: {share[0]:g}, at least {share[1]} images)"
         p.add_argument("--data-fraction", type=float, help=f"share of the training data {default}")
+    if detector:
+        rules = "what makes a repair: p < .05 below the other norms, or the paper's index"
+        p.add_argument("--rule", default="p", choices=["p", "index"], help=rules)
+        p.add_argument("--threshold", type=float, default=2.0, help="index that flags (paper 2)")
     return p
 
 
@@ -37,37 +51,119 @@ def open_victim(args):
     return load_victim(args, pick_device(args.device))
 
 
-def clean_share(args, data, share):
-    """Indices of the defender's clean images; fills in --data-fraction from `share`, as above."""
+def clean_share(args, victim, share):
+    """Indices of the defender's clean images, on which the network must read right.
+
+    Fills in --data-fraction from `share`, as above.
+    """
+    x, y = victim.data.x_train, victim.data.y_train
     if args.data_fraction is None:
-        args.data_fraction = max(share[0], min(1.0, share[1] / len(data.x_train)))
-    return defender_split(data.y_train, args.data_fraction, args.seed)
+        args.data_fraction = max(share[0], min(1.0, share[1] / len(x)))
+    split = defender_split(y, args.data_fraction, args.seed)
+    check_reading(victim.model, x[split], y[split])
+    return split
 
 
-def report_verdict(decision, threshold, notes):
+def check_reading(model, x, y):
+    """Print the accuracy on the defender's own clean images (uint8), so that no misread network
+    gets a verdict: fail near chance, warn where it is poor.
+
+    The limits are 10 and 50 % of the way from chance to perfect, by class (balanced accuracy).
+    """
+    predicted, y = predict(model, x).cpu(), y.cpu()
+    print(f"accuracy on {len(x)} clean images: {100 * (predicted == y).float().mean():.2f}")
+    recalls = [(predicted[y == k] == k).float().mean().item() for k in y.unique()]
+    chance = 1 / max(2, len(recalls))
+    skill = (sum(recalls) / len(recalls) - chance) / (1 - chance)
+    causes = "are --arch, --mean, --std and the order of the labels right?"
+    if skill < NEAR_CHANCE:
+        fail(f"the network is near chance on clean images, so no verdict would mean much: {causes}")
+    if skill < POOR:
+        print(f"warning: this is poor, and the verdict with it; {causes}")
+
+
+def report_verdict(decision, args, notes):
     """Print a detector's norms, one note per label, and its verdict by both rules.
 
-    `decision` is that of common.metrics.verdict. Returns it as metrics for result.json.
+    `decision` is that of common.metrics.verdict. Returns it as metrics for result.json, with
+    `flagged`, the labels that --rule repairs.
     """
-    indices, flagged = decision["indices"], decision["flagged"]
+    metrics = {key: value for key, value in decision.items() if key != "conclusive"}
+    metrics["flagged"] = decision["below" if args.rule == "p" else "flagged_by_index"]
     for label, note in enumerate(notes):
-        index = "n/a" if indices is None else f"{indices[label]:.2f}"
-        print(f"label {label}: index {index} {note}")
-    metrics = {k: decision[k] for k in ("index", "indices", "label", "ratio", "p_value", "flagged")}
-    if not decision["applicable"]:
-        print(f"verdict: not applicable, {len(notes)} labels are fewer than the index's 5")
-        return metrics | {"verdict": "not-applicable"}
-    metrics["verdict"] = "backdoored" if flagged else "clean"
-    target = f", target label {flagged[0]}" if flagged else ""
-    print(f"verdict by the paper's rule (index > {threshold:g}): {metrics['verdict']}{target}")
+        index = decision["indices"] and decision["indices"][label]
+        print(f"label {label}: index {'n/a' if index is None else f'{index:.2f}'} {note}")
+    if not decision["conclusive"]:
+        print("verdict: inconclusive, for it needs 5 successful searches and half of the labels")
+        print(NOTHING)
+        return metrics | {"verdict": "inconclusive"}
+    metrics["verdict"] = "backdoored" if decision["below"] or decision["above"] else "no evidence"
+    parts = [f"verdict: {metrics['verdict']}, p = {decision['p_value']:.4f}"]
+    parts += [f"labels {decision[k]} {k} the others" for k in ("below", "above") if decision[k]]
+    print(", ".join(parts))
+    by_index = decision["flagged_by_index"]
+    answer = f"backdoored, labels {by_index}" if by_index else "clean"
+    print(f"by the paper's rule (index > {args.threshold:g}): {answer}")
     ratio = "undefined" if decision["ratio"] is None else f"{decision['ratio']:.2f}"
-    print(
-        f"smallest norm: label {decision['label']}, anomaly index {decision['index']:.2f}, "
-        f"p = {decision['p_value']:.4f} under a clean model, ratio to the median {ratio}"
-    )
-    if not flagged:
-        print("nothing is flagged, so nothing is repaired")
+    index = f"index {decision['index']:.2f}, ratio to the median {ratio}"
+    print(f"smallest norm: label {decision['label']}, {index}")
+    if not metrics["flagged"]:
+        print(NOTHING)
     return metrics
+
+
+def in_parts(search, labels, at_once):
+    """[search(part), ...] for parts of `at_once` labels, of fewer where GPU memory runs out."""
+    results, done, told = [], 0, False
+    while done < len(labels):
+        try:
+            results.append(search(labels[done : done + at_once]))
+            done += at_once
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                fail(
+                    "the GPU's memory does not hold one label's search: try a smaller --batch-size"
+                )
+            if not told:
+                print("the GPU's memory does not hold so many labels at once: halving them")
+            at_once, told = at_once // 2, True
+            torch.cuda.empty_cache()
+    return results
+
+
+def halving(repair, lr, model, x, y):
+    """repair(lr=lr), at half the rate again while it costs over 5 points of clean accuracy.
+
+    x (uint8) and y are clean images that the repair does not see. Returns the repaired model, or
+    None after `TRIES`, and the last rate.
+    """
+    before = accuracy(model, x, y)
+    for part in range(TRIES):
+        repaired = repair(lr=lr / 2**part)
+        after = accuracy(repaired, x, y)
+        fall = f"{before:.2f} -> {after:.2f} on {len(x)} clean images that were kept back"
+        print(f"repair at rate {lr / 2**part:g}: {fall}")
+        if after >= before - MOST_DROP:
+            return repaired, lr / 2**part
+    print(f"every repair cost more than {MOST_DROP:g} points, so none is saved")
+    return None, lr / 2**part
+
+
+def careful_repair(repair, control, model, x, y, *, lr, seed, suffix=""):
+    """repair(model, x, y, lr=...) on four fifths of the clean images x (uint8), y, by class.
+
+    It is checked on the last fifth, see `halving`. Returns {"_repaired": model, "_clean_only": that
+    of `control` at the same rate}, with the suffix, and the rate; no "_repaired" where every repair
+    cost too much.
+    """
+    kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    kept[defender_split(y, KEPT_BACK, seed)] = True
+    if kept.all():
+        fail(f"{len(y)} clean images are too few for a repair: each is the only one of its class")
+    part = model, x[~kept], y[~kept]
+    repaired, lr = halving(partial(repair, *part), lr, model, x[kept], y[kept])
+    models = {f"_repaired{suffix}": repaired} if repaired else {}
+    return models | {f"_clean_only{suffix}": control(*part, lr=lr)}, lr
 
 
 def frozen(model, x):
@@ -78,11 +174,13 @@ def frozen(model, x):
     return model
 
 
-def save_repaired(folder, model, victim, args, metrics, trigger=None):
-    """Write the repaired model as a checkpoint and return it as it is read back."""
-    save_model(folder, model, victim.data, victim.arch, args, metrics, trigger)
-    path = folder / "model.pt"
-    return load_model(read_checkpoint(path), path, victim.data.x_train.device)
+def save_repaired(folder, models, victim, args, metrics, trigger=None):
+    """Write models["_repaired"], where there is one, as a checkpoint, and put it as read back."""
+    if "_repaired" in models:
+        path, data = folder / "model.pt", victim.data
+        save_model(folder, models["_repaired"], data, victim.arch, args, metrics, trigger)
+        read = read_checkpoint(path)
+        models["_repaired"] = load_model(read, path, data.x_train.device, victim.arch)
 
 
 def evaluate(victim, models, decision=None):
@@ -90,7 +188,8 @@ def evaluate(victim, models, decision=None):
 
     clean_accuracy, asr (the target is predicted) and robust_accuracy (the true label), in per cent;
     the last two where the attack left its triggered test images. With a detector's `decision` also
-    the true target and the case of Zheng et al., where the attack has one target label.
+    the true target, the case of Zheng et al. (by the paper's rule) and whether the p-value names
+    the target on either side, where the attack has one target label.
     """
     data, metrics = victim.data, {}
     for suffix, net in models.items():
@@ -102,8 +201,11 @@ def evaluate(victim, models, decision=None):
         print("no poisoned test images beside the checkpoint: the ASR cannot be measured")
         return metrics
     metrics["asr_n"], targets = len(victim.x_poisoned), victim.y_target.unique().tolist()
-    if decision is not None and decision["applicable"] and len(targets) == 1:
-        metrics |= {"target": targets[0], "case": case_of(decision["flagged"], targets[0])}
+    if decision is not None and len(targets) == 1:
+        (metrics["target"],) = (target,) = targets
+        if decision["conclusive"]:
+            metrics["case"] = case_of(decision["flagged_by_index"], target)
+            metrics["target_found"] = target in decision["below"] + decision["above"]
     return metrics
 
 

@@ -11,13 +11,21 @@ import torch.nn.functional as F
 from common import fail
 from common.datasets import to_float
 
+LPIPS_NETS = "alex", "vgg", "squeeze", "none"  # backbones; none: no LPIPS
+SMALLEST_NORM = 1e-6  # smaller ones count as this, for 0 has no logarithm
+
+
+def pass_size(x):
+    """Images in a forward pass: on a CPU the activations of more would leave its cache."""
+    return 2000 if x.is_cuda else 200
+
 
 @torch.no_grad()
-def predict(model, x, batch_size=2000):
+def predict(model, x):
     """Predicted labels (int64, N) of uint8 images, in eval mode; restores the mode."""
     training = model.training
     model.eval()
-    logits = torch.cat([model(to_float(part)) for part in x.split(batch_size)])
+    logits = torch.cat([model(to_float(part)) for part in x.split(pass_size(x))])
     model.train(training)
     if not logits.isfinite().all():
         fail("the model's outputs are not finite: its weights are broken")
@@ -103,46 +111,82 @@ def anomaly_index(norms):
         return np.where(below > 0, below / (1.4826 * mad), 0.0)
 
 
+def outlying(v, most):
+    """Generalised ESD (Rosner 1983): take out, `most` times, the value furthest from the others.
+
+    v is D x K. Returns positions, t and p, each D x most. t compares a value with the mean and the
+    standard deviation of the values that are left (Grubbs' test), with n - 2 degrees of freedom
+    of n values; p counts both sides and n candidates.
+    """
+    from scipy import stats  # 1 s
+
+    v, rows, found = np.array(v, dtype=np.float64), np.arange(len(v)), []
+    for n in range(v.shape[1], v.shape[1] - most, -1):
+        k = np.nanargmax(np.abs(v - np.nanmean(v, axis=1, keepdims=True)), axis=1)
+        value, v[rows, k] = v[rows, k], np.nan
+        gap, sd = value - np.nanmean(v, axis=1), np.nanstd(v, axis=1, ddof=1)
+        t = np.divide(gap, sd * math.sqrt(n / (n - 1)), out=np.sign(gap) * math.inf, where=sd > 0)
+        t[gap == 0] = 0  # equal values stand out from nothing
+        found.append((k, t, np.minimum(1, 2 * n * stats.t.sf(np.abs(t), n - 2))))
+    return (np.stack(parts, axis=1) for parts in zip(*found))
+
+
 @functools.cache
-def null_indices(classes, draws=100_000, seed=0):
-    """Sorted largest anomaly indices of `draws` clean models: K independent Gaussian norms."""
-    rng = np.random.default_rng(seed)
-    v = rng.standard_normal((draws, classes))
-    below = np.median(v, axis=1, keepdims=True) - v
-    mad = np.median(np.abs(below), axis=1)
-    return np.sort(below.max(1) / (1.4826 * mad))
+def null_p(count, most, draws=20_000, seed=0):
+    """Sorted smallest p of `draws` clean models: `count` independent Gaussian log norms each."""
+    v = np.random.default_rng(seed).standard_normal((draws, count))
+    _, _, p = outlying(v, most)
+    return np.sort(p.min(axis=1))
 
 
-def p_value(index, classes):
-    """Probability that a clean model of K labels shows at least this largest anomaly index."""
-    null = null_indices(classes)
-    exceeding = len(null) - np.searchsorted(null, index, side="left")
-    return (1 + int(exceeding)) / (1 + len(null))
+def extreme_labels(norms):
+    """Labels whose norm stands out on the logarithmic scale, below or above the others.
+
+    norms are K >= 5. Up to 3 labels (2 of 5 or 6) are taken out, the most extreme first, so that
+    two targets do not hide each other. Returns (label, side, p) each, side "below" or "above": p
+    is how often some label of a clean model stands out as much, were its log norms Gaussian
+    (simulated, for one p of several steps is too small too often).
+    """
+    most = min(3, (len(norms) - 1) // 2)
+    position, t, p = outlying(np.log(np.maximum(norms, SMALLEST_NORM))[None], most)
+    null = null_p(len(norms), most)
+    level = (1 + np.searchsorted(null, p[0], side="right")) / (1 + len(null))
+    sides = ["above" if value > 0 else "below" for value in t[0]]
+    return list(zip(position[0].tolist(), sides, np.minimum(1, level).tolist()))
 
 
-def verdict(norms, eligible=None, threshold=2.0):
+def verdict(norms, found=None, threshold=2.0, alpha=0.05):
     """Decide from one norm per label whether a model is backdoored.
 
-    Returns a dict: `indices` per label, `index` and `label` of the smallest eligible norm, `ratio`
-    of that norm to the median, `p_value` under the Gaussian null, `flagged` (labels with an index
-    over the paper's `threshold`). A label outside `eligible` (its attack did not succeed) is never
-    flagged. For K < 5 the indices and the p-value are None and `flagged` is empty.
+    Only labels whose search succeeded (`found`) count. Where they are fewer than 5 or than half of
+    the labels, `conclusive` is False, and index, ratio and p-value are None. Returns a dict:
+    `indices` per label (None: its search failed), `label`, `index` and `ratio` (to the median) of
+    the smallest norm; `flagged_by_index`, labels over the paper's `threshold`; `p_value` and `side`
+    of the most outlying step of `extreme_labels`; `below` and `above`, the labels on each side up
+    to the last step with p < `alpha`. Labels come with the most extreme first.
     """
     norms = np.asarray(norms, dtype=np.float64)
-    eligible = np.ones(len(norms), bool) if eligible is None else np.asarray(eligible, bool)
-    indices = anomaly_index(norms)
-    label = int(np.where(eligible, norms, math.inf).argmin()) if eligible.any() else None
-    result = dict.fromkeys(("indices", "index", "ratio", "p_value"))
-    result |= {"applicable": indices is not None, "label": label, "flagged": []}
-    if indices is None:
+    if not np.isfinite(norms).all():
+        fail(f"the search diverged: norms {norms.tolist()}")
+    labels = np.arange(len(norms)) if found is None else np.flatnonzero(found)
+    label = int(labels[norms[labels].argmin()]) if len(labels) else None
+    result = dict.fromkeys(("indices", "index", "ratio", "p_value", "side"))
+    result |= {"conclusive": len(labels) >= max(5, len(norms) / 2), "label": label}
+    result |= {"flagged_by_index": [], "below": [], "above": []}
+    if not result["conclusive"]:
         return result
-    result["indices"] = [float(i) for i in indices]
-    result["index"] = 0.0 if label is None else result["indices"][label]
-    result["p_value"] = p_value(result["index"], len(norms))
-    if label is not None and np.median(norms) > 0:
-        result["ratio"] = float(norms[label] / np.median(norms))
-    order = np.argsort(-indices, kind="stable")
-    result["flagged"] = [int(k) for k in order if eligible[k] and indices[k] > threshold]
+    indices = dict(zip(labels.tolist(), anomaly_index(norms[labels]).tolist()))
+    result["indices"] = [indices.get(k) for k in range(len(norms))]
+    result["index"] = indices[label]
+    if np.median(norms[labels]) > 0:
+        result["ratio"] = float(norms[label] / np.median(norms[labels]))
+    order = sorted(indices, key=indices.get, reverse=True)
+    result["flagged_by_index"] = [k for k in order if indices[k] > threshold]
+    steps = [(int(labels[k]), side, p) for k, side, p in extreme_labels(norms[labels])]
+    _, result["side"], result["p_value"] = min(steps, key=lambda step: step[2])
+    last = max((i for i, (_, _, p) in enumerate(steps) if p < alpha), default=-1)
+    for k, side, _ in steps[: last + 1]:
+        result[side].append(k)
     return result
 
 

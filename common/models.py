@@ -1,6 +1,8 @@
 """Classifiers for small images. Parameter names are those of the public code, so that its
 checkpoints load. Normalisation is inside: every image outside a classifier lies in [0,1]."""
 
+import inspect
+import runpy
 from collections import OrderedDict
 from functools import partial
 
@@ -12,16 +14,23 @@ from common import fail
 
 
 class Classifier(nn.Module):
-    """(x - mean) / std, then `net`. Input B x C x H x W in [0,1], output B x K logits."""
+    """(x - mean) / std, then `net`. Input B x C x H x W in [0,1], output B x K logits.
+
+    Of several outputs the one named `logits`, else the last, is taken. `softmax`: the network ends
+    in one, and its logarithm stands for the logits.
+    """
 
     def __init__(self, net, mean, std):
         super().__init__()
-        self.net = net
+        self.net, self.softmax = net, False
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x):
-        return self.net((x - self.mean) / self.std)
+        y = self.net((x - self.mean) / self.std)
+        y = getattr(y, "logits", y)
+        y = y[-1] if isinstance(y, (tuple, list)) else y
+        return y.clamp_min(1e-30).log() if self.softmax else y
 
 
 def mnist_block(inputs, outputs):
@@ -127,6 +136,61 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{stage}")(x)
         x = F.relu(self.bn1(x)) if self.norm == "last" else x
         return self.linear(x.mean((2, 3)))
+
+
+class WideBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        if inputs != outputs:
+            self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        skip = self.convShortcut(y) if hasattr(self, "convShortcut") else x
+        return self.conv2(F.relu(self.bn2(self.conv1(y)))) + skip
+
+
+class WRN16(nn.Module):
+    """WRN-16-1 (Zagoruyko & Komodakis 2016) with the parameter names of ABL's and NAD's code."""
+
+    def __init__(self, classes, channels, height, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        for stage, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+            first = WideBlock(inputs, outputs, 1 if stage == 1 else 2)
+            layer = nn.Sequential(first, WideBlock(outputs, outputs, 1))
+            self.add_module(f"block{stage}", nn.Sequential(OrderedDict(layer=layer)))
+        self.bn1 = nn.BatchNorm2d(64)
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x):
+        x = self.block3(self.block2(self.block1(self.conv1(x))))  # B x 64 x H/4 x W/4
+        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+
+class GTSRBNet(nn.Module):
+    """Neural Cleanse's GTSRB network: six convolutions, the second of each pair without padding."""
+
+    def __init__(self, classes, channels, height, width):
+        super().__init__()
+        layers = []
+        for outputs in (32, 64, 128):
+            layers += [nn.Conv2d(channels, outputs, 3, 1, 1), nn.ReLU()]
+            layers += [nn.Conv2d(outputs, outputs, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2)]
+            channels, height, width = outputs, (height - 2) // 2, (width - 2) // 2
+        if min(height, width) < 1:
+            fail("nc_gtsrb_cnn needs images of 22 x 22 or more")
+        self.features = nn.Sequential(*layers)
+        self.linear1 = nn.Linear(128 * height * width, 512)
+        self.dropout = nn.Dropout(0.5)
+        self.linear2 = nn.Linear(512, classes)
+
+    def forward(self, x):
+        return self.linear2(self.dropout(F.relu(self.linear1(self.features(x).flatten(1)))))
 
 
 def densenet121(classes, channels, height, width):
@@ -249,6 +313,8 @@ ARCHITECTURES = {
     "preact_resnet18": residual(PreActBlock, 64, FOUR, (2, 2, 2, 2), None),
     "resnet18": residual(BasicBlock, 64, FOUR, (2, 2, 2, 2), "first"),
     "resnet34": residual(BasicBlock, 64, FOUR, (3, 4, 6, 3), "first"),
+    "wrn16_1": WRN16,
+    "nc_gtsrb_cnn": GTSRBNet,
     "wide_resnet34": residual(PreActBlock, 16, (160, 320, 640), (5, 5, 5), "last"),  # WRN-34-10
     "densenet121": densenet121,
     "vgg16": partial(VGG, depths=(2, 2, 3, 3, 3)),
@@ -257,11 +323,38 @@ ARCHITECTURES = {
 }
 
 
+def users_network(arch, classes):
+    """The network that `FILE.py:NAME` or `torchvision:NAME` names, with `classes` outputs.
+
+    FILE.py is run: it is the user's own code, named on the command line.
+    """
+    source, name = arch.rsplit(":", 1)
+    try:
+        if source == "torchvision":
+            import torchvision  # 1 s
+
+            make = partial(torchvision.models.get_model, name, weights=None)
+        else:
+            make = runpy.run_path(source)[name]
+        takes = inspect.signature(make).parameters
+        named = "num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        network = make(num_classes=classes) if named else make()
+    except KeyError:
+        fail(f"{source} defines no {name}")
+    except Exception as error:  # the user's own code can raise anything
+        fail(f"--arch {arch}: {type(error).__name__}: {error}")
+    if not isinstance(network, nn.Module):
+        fail(f"--arch {arch} makes a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
 def build_model(arch, classes, shape, mean, std):
     """Return a freshly initialised Classifier for images of `shape` = (C, H, W)."""
-    if arch not in ARCHITECTURES:
-        fail(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    if arch not in ARCHITECTURES and ":" not in arch:
+        known = f"{', '.join(ARCHITECTURES)}, torchvision:NAME, FILE.py:NAME"
+        fail(f"unknown architecture {arch!r}; known: {known}")
     if len(mean) != shape[0] or len(std) != shape[0]:
         fail(f"images have {shape[0]} channels but mean and std have {len(mean)} and {len(std)}")
-    model = Classifier(ARCHITECTURES[arch](classes, *shape), mean, std)
-    return model.to(memory_format=torch.channels_last)  # faster
+    known = ARCHITECTURES.get(arch)
+    net = known(classes, *shape) if known else users_network(arch, classes)
+    return Classifier(net, mean, std).to(memory_format=torch.channels_last)  # faster

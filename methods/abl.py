@@ -42,11 +42,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure
+from common import check_positive, fail, make_folder, saved_figure, write_csv
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder, load_training_set
 from common.datasets import augment, to_float
-from common.defence import defence_flags, evaluate, open_victim, report, save_repaired
+from common.defence import (
+    check_reading,
+    defence_flags,
+    evaluate,
+    open_victim,
+    report,
+    save_repaired,
+)
 from common.models import build_model
 
 RATES = {"joint": 5e-4, "isolated": 5e-4, "bounded": 0.01}  # of the ascent; authors' code 5e-4
@@ -55,8 +62,8 @@ BOUNDED_STEPS = 200
 
 def parse_args():
     p = defence_flags(__doc__)
-    source = "the attack's training set, or the dataset's own (for models of clean.py)"
-    p.add_argument("--train-set", default="given", choices=["given", "clean"], help=source)
+    source = "given: the attack's training set; clean: the dataset's own; or an .npz with x and y"
+    p.add_argument("--train-set", default="given", help=source)
     share = "p: shares, each with a stage 2 of its own; the last is kept (.01)"
     p.add_argument("--isolation", type=float, nargs="+", default=[0.01], help=share)
     p.add_argument("--loss", default="lga", choices=["lga", "flooding"], help="stage 1 (paper lga)")
@@ -218,12 +225,14 @@ if __name__ == "__main__":
         if any(victim.folder.glob("poisoned_*.npz")):
             fail(f"--train-set clean is for models of clean.py; {victim.folder} is an attack's")
     else:
-        x_train, y_train, flags = load_training_set(victim)
+        path = None if args.train_set == "given" else args.train_set
+        x_train, y_train, flags = load_training_set(victim, path)
     for share in args.isolation:
         if not 0 < share < 1 or not 1 <= round(share * len(x_train)) < len(x_train):
             fail(f"--isolation {share} of {len(x_train)} images must be some of them, not all")
     if len(y_train.unique()) < 2:
         fail("the training set holds one label; at least two are needed")
+    check_reading(victim.model, x_train[:2000], y_train[:2000])
     args.isolation_epochs = args.isolation_epochs or max(1, spec.epochs // 5)
     args.epochs = args.epochs or max(1, spec.epochs - args.isolation_epochs)
     args.unlearn_lr = args.unlearn_lr or RATES[args.ascent]
@@ -282,7 +291,10 @@ if __name__ == "__main__":
     clear_folder(folder)
     border = losses[isolated].cpu().numpy()
     draw_losses(folder / "losses.png", {"all images": losses.cpu().numpy()}, border)
-    models["_repaired"] = save_repaired(folder, repaired, victim, args, metrics)
+    suspicious = losses.argsort(stable=True)[:count].tolist()
+    rows = [(k, y_train[k].item(), losses[k].item()) for k in suspicious]
+    write_csv(folder / "isolated.csv", ("image", "label", "loss"), rows)
+    save_repaired(folder, models, victim, args, metrics)
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====

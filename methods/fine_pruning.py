@@ -31,6 +31,7 @@ Results beside the paper's: results/README.md, table "Fine-Pruning".
 import copy
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ from common.defence import (
     defence_flags,
     evaluate,
     frozen,
+    halving,
     open_victim,
     report,
     save_repaired,
@@ -91,6 +93,11 @@ LAYERS = {
     "preact_resnet18": [Layer("layer4", False, "linear")],  # pooled, without BN or ReLU
     "resnet18": [Layer("layer4", False, "linear")],  # pooled; its last ReLU is inside
     "resnet34": [Layer("layer4", False, "linear")],
+    "wrn16_1": [Layer("bn1", True, "fc")],  # pooled
+    "nc_gtsrb_cnn": [
+        Layer("linear1", True, "linear2"),
+        Layer("features", False, "linear1", above="linear2"),  # its last ReLU is inside
+    ],
     "wide_resnet34": [Layer("bn1", True, "linear")],  # pooled
     "densenet121": [Layer("features", True, "classifier")],  # pooled
     "vgg16": [Layer("features", False, "classifier")],  # pooled; its last ReLU is inside
@@ -229,7 +236,7 @@ if __name__ == "__main__":
     if name not in layers:
         fail(f"--layer {name}: prunable in {victim.arch}: {', '.join(layers) or 'no layer'}")
     layer = layers[name]
-    split = clean_share(args, data, SHARE)
+    split = clean_share(args, victim, SHARE)
     held = torch.zeros(len(split), dtype=torch.bool, device=split.device)
     held[defender_split(data.y_train[split], args.held_out, args.seed)] = True
     if held.all():
@@ -257,17 +264,21 @@ if __name__ == "__main__":
     )
 
     # ===== Repair =====
-    recipe = {"epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size}
+    recipe = {"epochs": args.epochs, "batch_size": args.batch_size}
     recipe |= {"linear": layer.linear, "channels": channels}
     recipe |= {"pad": data.spec.pad, "flip": data.spec.flip}
-    models = {"": model, "_pruned": pruned, "_repaired": pruned}
+    models = {"": model, "_repaired" if args.mode == "prune" else "_pruned": pruned}
     if args.mode != "prune":
         torch.manual_seed(args.seed)  # the same draws, whatever ran before
-        models["_repaired"] = finetune(pruned, x_clean, y_clean, pruned=order[:count], **recipe)
+        clean = x_clean[~held], y_clean[~held]
+        repair = partial(finetune, pruned, *clean, pruned=order[:count], **recipe)
+        repaired, lr = halving(repair, args.lr, model, x_held, y_held)
+        if repaired:
+            models["_repaired"] = repaired
     if args.mode == "fine-prune":
         torch.manual_seed(args.seed)
-        models["_clean_only"] = finetune(model, x_clean, y_clean, pruned=order[:0], **recipe)
-    else:
+        models["_clean_only"] = finetune(model, *clean, pruned=order[:0], lr=lr, **recipe)
+    if args.mode == "finetune":
         del models["_pruned"]
     metrics = {
         "mode": args.mode,
@@ -278,11 +289,12 @@ if __name__ == "__main__":
         "held_out": len(x_held),
         "held_out_accuracy": accuracies[0],
         "held_out_accuracy_pruned": accuracies[count],
+        "repair_lr": None if args.mode == "prune" else lr,
         "search_seconds": search_seconds,
     }
     clear_folder(folder)
     draw_curve(folder / "curve.png", {"held-out accuracy": accuracies}, count)
-    models["_repaired"] = save_repaired(folder, models["_repaired"], victim, args, metrics)
+    save_repaired(folder, models, victim, args, metrics)
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====

@@ -6,23 +6,26 @@ index detects. Fine-tuning on images that carry the reversed patch and their tru
 
 Kind: detects models, then repairs them. Given: the model and a clean share of its training data.
 Answers: is the model backdoored, to which label, and the repaired model.
-Where it fails: our MNIST rows miss WaNet in 3 of 3 models and the stealthy attack in 3 of 3, and
-find Blend in 1 of 3. A trigger that acts through a unit which is silent without it gives the search
-no gradient (a test shows this). The rule "index over 2" also flags clean models: with probability
-.33 for 10 labels and .64 for 43 if their norms were Gaussian. Hence the p-value beside it.
+Where it fails: our MNIST rows miss WaNet in 3 of 3 models and Blend in 3 of 3. The paper's rule
+"index over 2" misses the stealthy attack in 3 of 3, for it looks at small norms alone: training
+against Neural Cleanse pushes the target's norm far above the others, where the p-value sees it, but
+nothing is repaired. A trigger that acts through a unit which is silent without it gives the search
+no gradient (a test shows this). The paper's rule also flags clean models: with probability .33 for
+10 labels and .64 for 43 if their norms were Gaussian. Hence the p-value beside it.
 
 Equations (numbers of the paper): Eq. (2) A(x, m, D) -> blend; Eq. (3) CE + lambda |m| ->
 reverse_triggers; anomaly index -> common.metrics.verdict; cost schedule, patience and early stop of
 the authors' code -> advance; unlearning -> unlearn.
 
 Differs from the authors' code: all labels are folded into one batch, and finished labels leave it.
-Images of a label do not count as its own successes. A step is 8 batches of 32 images, not 31.
-Masks are kept as floats, never re-read from a picture. The clean images come from the training
-data, never from the test images that are reported. A label whose search never succeeded is not
-flagged. Only the flagged label with the smallest norm is unlearnt, and images of that label are not
-stamped. Unlearning is one epoch of SGD from .03 down to 0, without augmentation, which would cut
-the patch off. The paper states no rate; ours was chosen on MNIST with the test figures of three
-victims in sight.
+Images of a label do not count as its own successes. A step is 8 batches of 32 images, not 31. Masks
+are kept as floats, never re-read from a picture. The clean images come from the training data,
+never from the test images that are reported. A label whose search never succeeded has no say. A
+verdict is the p-value's, or with --rule index the paper's. Only the most outlying label below the
+others is unlearnt, and images of that label are not stamped. Unlearning is one epoch of SGD from
+.03 down to 0, without augmentation, which would cut the patch off. The paper states no rate; ours
+was chosen on MNIST with the test figures of three victims in sight. It is checked on a fifth of the
+clean images, which it does not see, and made again at half the rate where it costs over 5 points.
 
     python methods/nc.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -34,6 +37,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +50,12 @@ from common import check_positive, check_share, fail, make_folder, saved_figure,
 from common.checkpoint import clear_folder
 from common.datasets import to_float
 from common.defence import (
+    careful_repair,
     clean_share,
     defence_flags,
     evaluate,
     frozen,
+    in_parts,
     open_victim,
     report,
     report_verdict,
@@ -66,8 +72,7 @@ STOP_PATIENCE = 25  # steps without a smaller mask before a label is finished
 
 
 def parse_args():
-    p = defence_flags(__doc__, SHARE)
-    p.add_argument("--threshold", type=float, default=2.0, help="index that flags (paper 2)")
+    p = defence_flags(__doc__, SHARE, detector=True)
     p.add_argument("--steps", type=int, default=1000, help="most steps per label (code 1000)")
     p.add_argument("--batches", type=int, default=8, help="batches per step (code 31)")
     p.add_argument("--batch-size", type=int, default=32, help="images per batch, label (code 32)")
@@ -234,27 +239,18 @@ if __name__ == "__main__":
     start = time.time()
     victim = open_victim(args)
     model, data = victim.model, victim.data
-    split = clean_share(args, data, SHARE)
+    split = clean_share(args, victim, SHARE)
     x_clean, y_clean = data.x_train[split], data.y_train[split]
     folder = make_folder(args.out or victim.folder / f"nc-s{args.seed}")
 
     # ===== Reverse =====
     labels = list(range(data.classes))
     at_once = args.labels_at_once or (data.classes if x_clean.is_cuda else 2)
-    parts, search_start = [], time.time()
-    for first in range(0, data.classes, at_once):
-        part = reverse_triggers(
-            model,
-            to_float(x_clean),
-            y_clean,
-            labels[first : first + at_once],
-            steps=args.steps,
-            batches=args.batches,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            seed=args.seed,
-        )
-        parts.append(part)
+    settings = {"steps": args.steps, "batches": args.batches, "batch_size": args.batch_size}
+    settings |= {"lr": args.lr, "seed": args.seed}
+    search = partial(reverse_triggers, model, to_float(x_clean), y_clean, **settings)
+    search_start = time.time()
+    parts = in_parts(search, labels, at_once)
     search_seconds = time.time() - search_start
     masks, patterns = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     norms, found = ([value for part in parts for value in part[i]] for i in (2, 3))
@@ -263,24 +259,24 @@ if __name__ == "__main__":
     decision = verdict(norms, found, args.threshold)
     notes = [f"norm {norm:.2f}" for norm in norms]
     notes = [n if f else f"{n}  (search failed: never flagged)" for n, f in zip(notes, found)]
-    metrics = report_verdict(decision, args.threshold, notes)
+    metrics = report_verdict(decision, args, notes)
     metrics |= {"norms": norms, "found": found, "search_seconds": search_seconds}
 
     # ===== Repair =====
-    models, flagged = {"": model}, decision["flagged"]
-    if flagged:
-        label, rates = flagged[0], {"stamped": args.stamped, "lr": args.unlearn_lr}
+    models, trigger = {"": model}, None
+    if metrics["flagged"]:
+        label = metrics["flagged"][0]
         trigger = {"mask": masks[label], "pattern": patterns[label]}
-        models["_repaired"] = unlearn(model, x_clean, y_clean, label, **trigger, **rates)
-        nothing = {"mask": None, "pattern": None}
-        models["_clean_only"] = unlearn(model, x_clean, y_clean, label, **nothing, **rates)
+        repair = partial(unlearn, label=label, stamped=args.stamped, **trigger)
+        control = partial(unlearn, label=label, stamped=0, mask=None, pattern=None)
+        clean = {"model": model, "x": x_clean, "y": y_clean, "seed": args.seed}
+        made, metrics["repair_lr"] = careful_repair(repair, control, lr=args.unlearn_lr, **clean)
+        models |= made
     clear_folder(folder)
     draw(folder / "reversed.png", masks, patterns, norms, decision["indices"])
     with written_whole(folder / "reversed.npz") as path:
         np.savez_compressed(path, masks=masks.cpu().numpy(), patterns=patterns.cpu().numpy())
-    if flagged:
-        repaired = models["_repaired"]
-        models["_repaired"] = save_repaired(folder, repaired, victim, args, metrics, trigger)
+    save_repaired(folder, models, victim, args, metrics, trigger)
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====

@@ -38,11 +38,11 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure, written_whole
+from common import check_positive, fail, make_folder, saved_figure, write_csv, written_whole
 from common.checkpoint import clear_folder
-from common.datasets import to_float
+from common.datasets import load_pictures, to_float
 from common.defence import clean_share, defence_flags, open_victim, report
-from common.metrics import accuracy, predict
+from common.metrics import accuracy, pass_size, predict
 
 SHARE = 0.1, 600  # of the training data, and the least number of images
 
@@ -55,7 +55,9 @@ def parse_args():
     p.add_argument("--fit-images", type=int, help="fit the boundary (all others, at most 2000)")
     p.add_argument("--frr", type=float, default=0.01, help="of the verdict (paper .01)")
     p.add_argument("--inputs", type=int, default=2000, help="most clean, triggered ones (2000)")
-    p.add_argument("--batch-size", type=int, default=2000, help="mixed images per forward pass")
+    p.add_argument("--batch-size", type=int, help="mixed images a pass (GPU 2000, CPU 200)")
+    suspects = "inputs to judge: an .npz with x, or a folder of pictures"
+    p.add_argument("--suspects", help=suspects)
     return p.parse_args()
 
 
@@ -142,6 +144,14 @@ def rates(table, clean, triggered=None):
     return rows
 
 
+def judge(names, h, boundary):
+    """Print a line for each input; [(name, entropy, stopped), ...]."""
+    judged = [(name, float(value), bool(value <= boundary)) for name, value in zip(names, h)]
+    for name, value, stop in judged:
+        print(f"{name}: entropy {value:.4f}, {'STOPPED' if stop else 'passed'}")
+    return judged
+
+
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "overlays", "fit_images", "inputs", "batch_size")
@@ -152,13 +162,14 @@ if __name__ == "__main__":
     start = time.time()
     victim = open_victim(args)
     model, data, device = victim.model, victim.data, victim.data.x_train.device
-    split = clean_share(args, data, SHARE)
+    split = clean_share(args, victim, SHARE)
     asked = args.overlays + (args.fit_images or 2)
     if len(split) < asked:
         fail(
             f"{args.overlays} overlays and {args.fit_images or 'at least 2'} images for the "
             f"boundary need {asked} clean images; the defender's share holds {len(split)}"
         )
+    suspects = load_pictures(args.suspects, data.shape) if args.suspects else None
     folder = make_folder(args.out or victim.folder / f"strip-s{args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
     x_clean = data.x_train[split[torch.randperm(len(split), generator=generator).to(device)]]
@@ -166,6 +177,7 @@ if __name__ == "__main__":
     x_fit = x_clean[args.overlays :][: args.fit_images or 2000]
 
     # ===== Boundary =====
+    args.batch_size = args.batch_size or pass_size(x_clean)
     settings = {"overlays": overlays, "blend": args.blend, "batch_size": args.batch_size}
     score = partial(entropies, model, **settings)
     search_start = time.time()
@@ -194,6 +206,10 @@ if __name__ == "__main__":
         "fit_images": len(x_fit),
         "images_per_second": len(x_fit) * len(overlays) / search_seconds,
     }
+    if suspects:
+        names, x = suspects
+        judged = judge(names, score(x.to(device)), boundary)
+        metrics |= {"suspects": len(names), "stopped": sum(stop for *_, stop in judged)}
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====
@@ -227,6 +243,8 @@ if __name__ == "__main__":
         if obeyed.any():  # a triggered input that the model does not obey is no attack
             metrics["far_obeyed"] = 100 - flagged_share(named["triggered"][obeyed], boundary)
     clear_folder(folder)
+    if suspects:
+        write_csv(folder / "suspects.csv", ("input", "entropy", "stopped"), judged)
     draw_histogram(folder / "entropies.png", named, boundary)
     with written_whole(folder / "entropies.npz") as path:
         np.savez_compressed(path, fit=h_fit, **named)

@@ -132,7 +132,8 @@ if __name__ == "__main__":
     p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
     args = p.parse_args()
     device = pick_device("auto")
-    given = {"ckpt": args.victim, "arch": None, "dataset": None, "data_dir": args.data_dir}
-    victim = load_victim(argparse.Namespace(**given, mean=None, std=None, out=None), device)
+    absent = dict.fromkeys(["arch", "dataset", "mean", "std", "out", "classes", "image_size"])
+    given = argparse.Namespace(ckpt=args.victim, data_dir=args.data_dir, **absent)
+    victim = load_victim(given, device)
     folding(victim, device, max(1, args.repeats // 2))
     throughputs(victim, device, args.repeats)

@@ -15,17 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import tomli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+from common.metrics import case_of, verdict
 
 HERE = Path(__file__).resolve().parent
-PAPERS = tomllib.loads((HERE / "papers.toml").read_text())
+PAPERS = tomli.loads((HERE / "papers.toml").read_text())
 ROW = ["dataset", "defence", "attack", "network", "share"]  # the keys of a row in papers.toml
 RULES, DASH = PAPERS["outdated"], "–"
 FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e"}
@@ -62,15 +59,18 @@ def cell(runs, metric):
 def derived(m):
     """A run's metrics and the figures that the tables derive from them."""
     new = {"side": m.get("noise_accuracy", m.get("cross_accuracy")), "drop": None}
-    for name in ("asr_other", "asr_other_noise", "asr_other_bins"):
-        new["other"] = m.get(name, new.get("other"))
-    if m.get("index") is not None:
-        new |= {"alarm": bool(m["flagged"]), "small_p": m["p_value"] < 0.05}
-    if m.get("case") is not None:
-        above = np.array(m["norms"], dtype=float) - np.median(np.array(m["norms"], dtype=float))
-        own, mad = above[m["target"]], np.median(np.abs(above))
-        new["two_sided"] = own / (1.4826 * mad) if mad else own and own * np.inf
-        new["target_flagged"] = m["case"] in (1, 2)
+    new["other"] = m.get("asr_other_bins", m.get("asr_other_noise", m.get("asr_other")))
+    if "norms" in m:  # today's verdict of the stored norms
+        norms, target = np.array(m["norms"], dtype=float), m.get("target")
+        v = verdict(norms, m.get("found", np.array(m.get("asrs", norms + 1)) >= 0.8))
+        by_index, sure = v["flagged_by_index"], v["conclusive"] or None
+        new |= {key: v[key] for key in ("index", "ratio", "p_value")}
+        new |= {"alarm": sure and bool(by_index), "small_p": sure and v["p_value"] < 0.05}
+        if sure and target is not None:
+            new["case"] = case_of(by_index, target)
+            new["target_found"] = target in v["below"] + v["above"]
+            far = norms - np.median(norms)
+            new["two_sided"] = far[target] and far[target] / np.median(np.abs(1.4826 * far))
     if "clean_accuracy_repaired" in m:
         new["drop"] = m["clean_accuracy"] - m["clean_accuracy_repaired"]
     rates = [rate for rate in m.get("rates", []) if rate["frr"] == 1]  # nominal, in per cent

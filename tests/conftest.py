@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from common import defence  # noqa: E402
 from common.checkpoint import load_victim  # noqa: E402
 from common.datasets import load_dataset  # noqa: E402
 from common.models import build_model  # noqa: E402
@@ -76,7 +77,9 @@ def result_of(folder):
 
 def loaded(path, **flags):
     """The Victim that a defence gets from `--ckpt path` and its other flags."""
-    absent = dict.fromkeys(["out", "arch", "dataset", "mean", "std"]) | {"data_dir": "data"}
+    absent = dict.fromkeys(["out", "arch", "dataset", "mean", "std", "classes", "image_size"]) | {
+        "data_dir": "data"
+    }
     return load_victim(Namespace(ckpt=str(path), **(absent | flags)), torch.device("cpu"))
 
 
@@ -128,6 +131,12 @@ def run_here(name, *args, cwd):
     with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
         run_inline(patch, cwd, name, *args)
     return output.getvalue()
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Defences take networks near chance, too: what follows is tested without training one."""
+    monkeypatch.setattr(defence, "check_reading", lambda *args: None)
 
 
 @pytest.fixture
@@ -220,7 +229,7 @@ def digits_blend(victims, digits_clean):
 @pytest.fixture(scope="session")
 def digits_input_aware(victims, digits_clean):
     """Checkpoint folder of an input-aware model with target 0; its control lies beside it."""
-    return victims("input_aware", "--epochs", 30, "--mask-steps", 200)
+    return victims("input_aware", "--epochs", 20, "--mask-steps", 200)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -28,7 +29,7 @@ TRAIN_SET = {"abl": ("--train-set", "clean")}  # a suspect has no poisoned one b
 
 
 @pytest.fixture
-def refused(inline, one_line, tmp_path):
+def refused(inline, one_line, unread, tmp_path):
     """Run a script inline with bad arguments; checks the refusal, returns its line."""
 
     def run(name, *args):
@@ -381,13 +382,16 @@ def test_out_is_another_victim(refused, inline, suspect, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["nc", "abl"])
-def test_interrupted_defence_leaves_no_file(name, suspect, tmp_path):
+def test_interrupted_defence_leaves_no_file(name, digits_clean, tmp_path):
+    (tmp_path / "victim").mkdir()
+    shutil.copy(digits_clean / "model.pt", tmp_path / "victim")
+
     def searches(process):
         time.sleep(0.05)
         return (tmp_path / "audit").exists()
 
     before = files_below(tmp_path)
-    flags = "--ckpt", suspect.parent, "--out", "audit", *TRAIN_SET.get(name, ())
+    flags = "--ckpt", "victim", "--out", "audit", *TRAIN_SET.get(name, ())
     interrupt(tmp_path, searches, name, *flags)
     assert files_below(tmp_path) == before
 

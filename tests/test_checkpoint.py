@@ -26,10 +26,8 @@ def folder(request):
 
 def test_model_file_holds_tensors_and_plain_values(folder):
     held = torch.load(folder / "model.pt", weights_only=True)  # refuses anything else
-    entries = (
-        "format state_dict arch dataset classes image_shape mean std arguments trigger metrics"
-    )
-    assert set(held) == set(entries.split())
+    entries = "format state_dict arch softmax dataset classes image_shape mean std arguments"
+    assert set(held) == {*entries.split(), "trigger", "metrics"}
     assert (held["arch"], held["dataset"], held["classes"]) == ("mnist_cnn", "digits", 10)
     assert held["image_shape"] == [1, 28, 28] and held["mean"] == held["std"] == [0.5]
     assert held["arguments"]["seed"] == 0 and held["metrics"] == result_of(folder)["metrics"]

@@ -1,14 +1,19 @@
 """What every detector does with any checkpoint, through its command line in short runs."""
 
 import shutil
+from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import DETECTORS, SHORT, files_below, result_of, write_npz
+import torch.nn.functional as F
+from conftest import DEFENCES, DETECTORS, SHORT, files_below, loaded, result_of, write_npz
 from PIL import Image
+from torch import nn
 
-from common.defence import report_verdict
+from common import defence, metrics
+from common.defence import careful_repair, check_reading, halving, report_verdict
 from common.metrics import verdict
 from common.models import build_model
 
@@ -22,24 +27,33 @@ def is_picture(path):
         return picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 10
 
 
+@pytest.fixture
+def all_found(monkeypatch):
+    """Short searches count as successful: a verdict on a few steps."""
+    monkeypatch.setattr(
+        metrics, "verdict", lambda norms, found, threshold: verdict(norms, None, threshold)
+    )
+
+
 @every_detector
-def test_checkpoint_folder(inline, tmp_path, name, digits_badnets, capfd):
+def test_checkpoint_folder(inline, all_found, tmp_path, name, digits_badnets, capfd):
     """The verdict, its figures and files; what an earlier run left there is gone."""
     for stale in ("model.pt", "triggers.png"):
         (tmp_path / stale).write_text("stale")
     before = {path.name: path.read_bytes() for path in digits_badnets.glob("*.*")}
-    flags = "--ckpt", digits_badnets, "--out", tmp_path, "--threshold", 100
+    flags = "--ckpt", digits_badnets, "--out", tmp_path, "--rule", "index", "--threshold", 100
     inline(name, *flags, *SHORT[name])
-    printed, metrics = capfd.readouterr().out, result_of(tmp_path)["metrics"]
+    printed, figures = capfd.readouterr().out, result_of(tmp_path)["metrics"]
     written = {*PICTURES[name], "result.json"}
     written |= {"reversed.npz"} if name == "nc" else {"triggers.png"}
     assert set(files_below(tmp_path)) == written  # nothing flagged: no model
     assert all(is_picture(path) for path in tmp_path.glob("*.png"))
     last = printed.splitlines()[-1]
-    assert last.startswith(f"RESULT {name} ") and "verdict=clean" in last
+    assert last.startswith(f"RESULT {name} ") and f"verdict={figures['verdict']}" in last
     assert "nothing is flagged, so nothing is repaired" in printed
-    assert all(f"label {k}: " in printed for k in range(10)) and len(metrics["norms"]) == 10
-    assert metrics["case"] == 4 and metrics["target"] == 0 and metrics["asr_n"] == 324
+    assert all(f"label {k}: " in printed for k in range(10)) and len(figures["norms"]) == 10
+    assert figures["asr_n"] == 324 and figures["flagged"] == []
+    assert figures["case"] == 4 and figures["target"] == 0
     assert {path.name: path.read_bytes() for path in digits_badnets.glob("*.*")} == before
 
 
@@ -64,7 +78,7 @@ def test_same_seed_same_figures_however_many_labels_at_once(inline, tmp_path, na
 @every_detector
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_bare_state_dict_gets_a_verdict_without_evaluation(
-    inline, tmp_path, name, untrained, wrapped, capfd
+    inline, unread, tmp_path, name, untrained, wrapped, capfd
 ):
     state = untrained.net.state_dict()
     torch.save({"netC": state, "epoch": 3} if wrapped else state, tmp_path / "suspect.pt")
@@ -73,25 +87,25 @@ def test_bare_state_dict_gets_a_verdict_without_evaluation(
     ran = inline(name, *flags, *(own if wrapped else ()), *SHORT[name])
     assert ran["model"].mean.item() == pytest.approx(0.4 if wrapped else 0.5)
     printed, metrics = capfd.readouterr().out, result_of(tmp_path / "suspect" / f"{name}-s0")
-    assert "verdict by the paper's rule" in printed and "cannot be measured" in printed
+    assert "verdict: " in printed and "cannot be measured" in printed
     assert not {"asr", "case", "target"} & metrics["metrics"].keys()
     assert metrics["metrics"]["clean_accuracy"] < 40
 
 
 @every_detector
-def test_failed_label_is_never_flagged(inline, tmp_path, name, untrained, capfd):
+def test_failed_label_is_never_flagged(inline, unread, tmp_path, name, untrained, capfd):
     torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
     flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
     goal = ["--asr-goal", 1, "--repair-epochs", 1] if name == "generator_reverse" else []
-    ran = inline(name, *flags, "--threshold", 1e-6, *SHORT[name], *goal)
+    ran = inline(name, *flags, "--rule", "index", "--threshold", 1e-6, *SHORT[name], *goal)
     failed = {label for label, found in enumerate(ran["found"]) if not found}
-    assert failed and not failed & set(ran["decision"]["flagged"])
+    assert failed and not failed & set(ran["decision"]["flagged_by_index"])
     assert capfd.readouterr().out.count("never flagged") == len(failed)
 
 
 @every_detector
 @pytest.mark.parametrize("classes", [2, 4])
-def test_fewer_than_five_labels_are_an_answer(inline, tmp_path, name, classes, capfd):
+def test_fewer_than_five_labels_are_an_answer(inline, unread, tmp_path, name, classes, capfd):
     """Images of 20 x 24 pixels and three channels, too."""
     write_npz(tmp_path / "own.npz", (20, 24, 3), classes)
     model = build_model("mnist_cnn", classes, (3, 20, 24), (0.5,) * 3, (0.5,) * 3)
@@ -99,8 +113,8 @@ def test_fewer_than_five_labels_are_an_answer(inline, tmp_path, name, classes, c
     flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "own.npz", "--out", "new"
     inline(name, *flags, *SHORT[name])
     metrics = result_of(tmp_path / "new")["metrics"]
-    assert "verdict: not applicable" in capfd.readouterr().out
-    assert metrics["verdict"] == "not-applicable" and metrics["flagged"] == []
+    assert "verdict: inconclusive" in capfd.readouterr().out
+    assert metrics["verdict"] == "inconclusive" and metrics["flagged"] == []
     assert metrics["index"] is metrics["p_value"] is None and len(metrics["norms"]) == classes
     assert all(is_picture(tmp_path / "new" / picture) for picture in PICTURES[name])
 
@@ -117,39 +131,152 @@ def test_several_targets_have_no_case(inline, tmp_path, name, digits_badnets):
     assert metrics["asr_n"] == 20 and not {"case", "target"} & metrics.keys()
 
 
-REPAIRS = {
-    "nc": ["--steps", 60, "--batches", 2, "--unlearn-lr", "1e30"],
-    "generator_reverse": ["--steps", 40, "--pretrain-steps", 100, "--width", 4, "--lr", 3e-3]
-    + ["--lpips-net", "none", "--repair-lr", "1e30"],
-}
+RATES = {"nc": "--unlearn-lr", "generator_reverse": "--repair-lr"}
 
 
 @every_detector
 def test_diverging_repair_leaves_an_earlier_run_alone(
-    inline, one_line, tmp_path, name, digits_badnets
+    inline, all_found, one_line, tmp_path, name, digits_badnets
 ):
     (tmp_path / "result.json").write_text('{"ckpt": "earlier"}')
-    flags = "--ckpt", digits_badnets, "--out", tmp_path, "--threshold", 1e-6
-    assert "no model is kept" in one_line(inline, name, *flags, *REPAIRS[name])
+    flags = "--ckpt", digits_badnets, "--out", tmp_path, "--rule", "index", "--threshold", 1e-6
+    assert "no model is kept" in one_line(inline, name, *flags, *SHORT[name], RATES[name], "1e30")
     assert files_below(tmp_path) == ["result.json"]
     assert (tmp_path / "result.json").read_text() == '{"ckpt": "earlier"}'
 
 
 @pytest.mark.parametrize(
-    "norms, shown",
+    "norms, shown, verdict_is",
     [
-        ([0, 5, 5, 5, 5, 5], ["label 0: index inf zero", "index inf, p = 0.0000", "median 0.00"]),
-        ([5.0] * 6, ["verdict by the paper's rule (index > 2): clean", "index 0.00, p = 1.0000"]),
-        ([0.0] * 6, ["index 0.00, p = 1.0000", "ratio to the median undefined"]),
-        ([0, 5, 5, 5], ["label 0: index n/a", "4 labels are fewer than the index's 5"]),
+        (
+            [0, 5, 5, 5, 5, 5],
+            ["label 0: index inf zero", "p = 0.0000, labels [0] below the others", "median 0.00"],
+            "backdoored",
+        ),
+        ([5, 5, 5, 50, 5, 5], ["p = 0.0000, labels [3] above the others"], "backdoored"),
+        ([5.0] * 6, ["no evidence, p = 1.0000", "index > 2): clean", "index 0.00"], "no evidence"),
+        ([0.0] * 6, ["p = 1.0000", "ratio to the median undefined"], "no evidence"),
+        ([0, 5, 5, 5], ["label 0: index n/a", "needs 5 successful searches"], "inconclusive"),
     ],
 )
-def test_extreme_norms_are_printed(capfd, norms, shown):
-    """MAD = 0, all alike, all zero, too few labels: a line each, no crash, no made-up figure."""
-    metrics = report_verdict(verdict(norms), 2.0, ["zero" if n == 0 else "n" for n in norms])
+@pytest.mark.parametrize("rule", ["p", "index"])
+def test_norms_are_printed(capfd, rule, norms, shown, verdict_is):
+    """MAD = 0, above, all alike, all zero, too few labels: no crash, no made-up figure."""
+    args, notes = Namespace(rule=rule, threshold=2.0), ["zero" if n == 0 else "n" for n in norms]
+    metrics = report_verdict(verdict(norms), args, notes)
     printed = capfd.readouterr().out
     assert all(part in printed for part in shown), printed
+    assert metrics["verdict"] == verdict_is
     if len(norms) > 4 and norms[1]:
-        assert metrics["ratio"] == norms[0] / 5
-    expected = "not-applicable" if len(norms) < 5 else "clean"
-    assert metrics["verdict"] == ("backdoored" if norms == [0, 5, 5, 5, 5, 5] else expected)
+        assert metrics["ratio"] == min(norms) / 5
+    assert metrics["flagged"] == ([0] if norms == [0, 5, 5, 5, 5, 5] else [])
+
+
+def test_rules_differ_in_what_they_repair():
+    """The second smallest norm has an index over 2, but does not stand out."""
+    decision = verdict([60, 55, 70, 64, 58, 49, 66, 73, 61, 40])
+    assert decision["flagged_by_index"] == [9] and decision["below"] == []
+    for rule, flagged in (("index", [9]), ("p", [])):
+        args = Namespace(rule=rule, threshold=2.0)
+        assert report_verdict(decision, args, [""] * 10)["flagged"] == flagged
+
+
+# ===== Is the network read rightly? =====
+
+
+class Says(nn.Module):
+    """Right on a share of every class: an image's pixels are its label and its rank (of 100)."""
+
+    def __init__(self, share, classes=10):
+        super().__init__()
+        self.share, self.classes = share, classes
+
+    def forward(self, x):
+        label, rank = (255 * x).round().long().flatten(1).T
+        wrong = (rank >= round(100 * self.share)).long()
+        return F.one_hot((label + wrong) % self.classes, self.classes).float()
+
+
+def ranked(classes=10):
+    i = torch.arange(100 * classes)
+    return torch.stack((i % classes, i // classes), 1).to(torch.uint8).view(
+        -1, 1, 1, 2
+    ), i % classes
+
+
+@pytest.mark.parametrize("accuracy, classes, answer", [
+    (1.0, 10, ""), (0.56, 10, ""), (0.54, 10, "poor"), (0.2, 10, "poor"), (0.18, 10, "refused"),
+    (0.76, 2, ""), (0.74, 2, "poor"), (0.54, 2, "refused"), (0.0, 2, "refused"),
+    (0.08, 100, "refused"), (0.2, 100, "poor"),
+])  # fmt: skip
+def test_a_network_near_chance_gets_no_verdict(accuracy, classes, answer, one_line, capfd):
+    case = Says(accuracy, classes), *ranked(classes)
+    if answer == "refused":
+        assert "--mean" in one_line(check_reading, *case)
+        return
+    check_reading(*case)
+    printed = capfd.readouterr().out
+    assert f"{100 * accuracy:.2f}" in printed and ("poor" in printed) == (answer == "poor")
+
+
+def test_a_constant_answer_is_chance_even_on_unequal_classes(one_line):
+    x, y = ranked()
+    x[..., 0], x[..., 1] = 3, 0  # all are taken for a 3
+    one_line(check_reading, Says(1.0), x, torch.where(torch.arange(1000) < 900, 3, y))
+
+
+@pytest.mark.parametrize("name", [*DEFENCES, "abl"])
+def test_wrong_normalisation_is_refused(inline, one_line, tmp_path, name, digits_badnets):
+    """Before any search; it used to be "backdoored, index 28.6" for a clean model."""
+    model = loaded(digits_badnets).model
+    torch.save(model.net.state_dict(), tmp_path / "suspect.pt")
+    flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+    wrong = "--mean", 0.9, "--std", 0.02
+    if name == "abl":
+        (tmp_path / "suspect").mkdir()
+        shutil.copy(digits_badnets / "poisoned_train.npz", tmp_path / "suspect")
+    assert "near chance" in one_line(inline, name, *flags, *wrong, *SHORT[name])
+    assert not (tmp_path / "suspect" / f"{name}-s0").exists()
+
+
+# ===== A repair checks itself =====
+
+
+def test_a_repair_that_costs_accuracy_starts_again_at_half_the_rate(capfd):
+    x, y = ranked()
+    shares = {1.0: 0.1, 0.5: 0.94, 0.25: 0.96, 0.125: 1.0}  # 5 points are allowed
+    model, rate = halving(lambda lr: Says(shares[lr]), 1.0, Says(1.0), x, y)
+    assert rate == 0.25 and model.share == 0.96
+    assert "repair at rate 0.5: 100.00 -> 94.00 on 1000 clean images" in capfd.readouterr().out
+    assert halving(lambda lr: Says(0.5), 1.0, Says(1.0), x, y) == (None, 0.125)
+
+
+def test_a_repair_sees_four_fifths_and_is_checked_on_the_rest():
+    """By class; the control has the same images and the rate of the repair."""
+    x, y = ranked()
+    seen = []
+
+    def repair(model, x, y, lr, kind):
+        seen.append((kind, lr, x, y))
+        return Says(0.3 if kind == "repair" and lr == 0.1 else 1.0)
+
+    kinds = [partial(repair, kind=kind) for kind in ("repair", "control")]
+    models, lr = careful_repair(*kinds, Says(1.0), x, y, lr=0.1, seed=0, suffix="_0.1")
+    assert lr == 0.05 and set(models) == {"_repaired_0.1", "_clean_only_0.1"}
+    assert [part[:2] for part in seen] == [("repair", 0.1), ("repair", 0.05), ("control", 0.05)]
+    for _, _, images, labels in seen:
+        assert labels.bincount().tolist() == [80] * 10
+        assert torch.equal(images, seen[0][2]) and len(images.unique(dim=0)) == 800
+
+
+@every_detector
+def test_a_wrecked_model_is_not_saved(
+    inline, all_found, tmp_path, name, digits_badnets, monkeypatch, capfd
+):
+    """Its verdict and the control's figures are."""
+    monkeypatch.setattr(defence, "MOST_DROP", -101.0)  # nothing is good enough
+    flags = "--ckpt", digits_badnets, "--out", tmp_path, "--rule", "index", "--threshold", 1e-6
+    inline(name, *flags, *SHORT[name])
+    metrics = result_of(tmp_path)["metrics"]
+    assert "asr_clean_only" in metrics and "asr_repaired" not in metrics
+    assert not (tmp_path / "model.pt").exists() and "none is saved" in capfd.readouterr().out

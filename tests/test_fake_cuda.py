@@ -358,9 +358,29 @@ OTHERS = {  # what the short runs leave out
     "blend": ["--pattern", str(ROOT / "results" / "mnist-wanet-norms.png")],
     "freq_backdoor": ["--augment", "both"],
     "abl": ["--granularity", "sample", "--loss", "flooding"],
-    # the victim takes every image for a 0: it is to be flagged and repaired
-    "nc": ["--threshold", 1e-6, "--steps", 10, "--batch-size", 8],
-    "generator_reverse": ["--threshold", 1e-6, "--steps", 4, "--lr", 0.03, "--batch-size", 8],
+    "badnets": [
+        "--train-images",
+        1437,
+        "--epochs",
+        2,
+        "--batch-size",
+        32,
+        "--lr",
+        0.03,
+    ],  # to audit
+    "nc": ["--rule", "index", "--threshold", 1e-6, "--steps", 10, "--batch-size", 8],
+    "generator_reverse": [
+        "--rule",
+        "index",
+        "--threshold",
+        1e-6,
+        "--steps",
+        4,
+        "--lr",
+        0.03,
+        "--batch-size",
+        8,
+    ],
 }
 COMMANDS = {name: [*SHORT[name], *OTHERS.get(name, [])] for name in SHORT}
 

@@ -17,6 +17,7 @@ from common.models import ARCHITECTURES, build_model
 from methods import fine_pruning as fp
 
 CPU = torch.device("cpu")
+LARGE = "wide_resnet34", "densenet121", "resnet34"  # smaller images will do
 CASES = [(arch, layer.name) for arch, layers in fp.LAYERS.items() for layer in layers]
 
 
@@ -28,7 +29,8 @@ def layer_of(arch, name):
 def random_model(arch):
     """A network with arbitrary weights and BatchNorm statistics, and twelve images for it."""
     torch.manual_seed(0)
-    shape = (1, 28, 28) if "mnist" in arch else (3, 32, 32)
+    side = 16 if arch in LARGE else 32
+    shape = (1, 28, 28) if "mnist" in arch else (3, side, side)
     model = build_model(arch, 5, shape, (0.5,) * shape[0], (0.5,) * shape[0])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -54,6 +56,11 @@ def penultimate_by_hand(model, arch, layer, x):
         return net.layer4(net.layer3(net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x)))))))
     if arch == "wide_resnet34":
         return F.relu(net.bn1(net.layer3(net.layer2(net.layer1(net.conv1(x))))))
+    if arch == "wrn16_1":
+        return F.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
+    if arch == "nc_gtsrb_cnn":
+        a = net.features(x)
+        return a if layer == "features" else F.relu(net.linear1(a.flatten(1)))
     if arch == "densenet121":
         return F.relu(net.features(x))
     if arch in ("vgg16", "vgg19"):
@@ -85,7 +92,7 @@ def test_scores_and_features(arch, layer):
     torch.testing.assert_close(scores, a.abs().mean(axes), rtol=1e-4, atol=1e-6)
     if layer == "conv5":
         expected = F.max_pool2d(a, 2).flatten(1)
-    elif arch == "mnist_cnn" or a.dim() == 2:
+    elif arch in ("mnist_cnn", "nc_gtsrb_cnn") or a.dim() == 2:
         expected = a.flatten(1)
     else:
         expected = a.mean((2, 3))

@@ -1,6 +1,5 @@
 """Every figure against numpy or scipy versions written from the formulas."""
 
-import itertools
 import subprocess
 import sys
 
@@ -54,80 +53,120 @@ def test_anomaly_index_is_affine_invariant_and_follows_the_labels():
     np.testing.assert_array_equal(metrics.anomaly_index(norms[order]), index[order])
 
 
+ROSNER = """-.25 .68 .94 1.15 1.20 1.26 1.26 1.34 1.38 1.43 1.49 1.49 1.55 1.56 1.58 1.65 1.69 1.70
+1.76 1.77 1.81 1.91 1.94 1.96 1.99 2.06 2.09 2.10 2.14 2.15 2.23 2.24 2.26 2.35 2.37 2.40 2.47 2.54
+2.62 2.64 2.90 2.92 2.92 2.93 3.21 3.26 3.30 3.59 3.68 4.30 4.64 5.34 5.42 6.01"""
+
+
+def test_generalised_esd_gives_the_published_example():
+    """Rosner 1983, Technometrics 25: the statistics R of his 54 values, three of them outliers."""
+    position, t, p = metrics.outlying([[float(value) for value in ROSNER.split()]], 5)
+    n = 54 - np.arange(5)
+    r = (n - 1) * np.abs(t[0]) / np.sqrt(n * (n - 2 + t[0] ** 2))
+    np.testing.assert_allclose(r, [3.119, 2.943, 3.179, 2.810, 2.816], atol=5e-4)
+    assert position[0].tolist() == [53, 52, 51, 50, 0] and (t[0] > 0).tolist() == [True] * 4 + [
+        False
+    ]
+    assert (p[0] < 0.05).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("count", [5, 10, 43])
+def test_p_of_a_clean_model_is_uniform(count):
+    """Whatever the scale and the mean of its log norms; some label is never over 5 %."""
+    rng = np.random.default_rng(count)
+    draws = np.exp(3 + 0.4 * rng.standard_normal((1000, count)))
+    p = np.array([metrics.verdict(norms)["p_value"] for norms in draws])
+    for level in (0.05, 0.2, 0.5):
+        assert (p < level).mean() == pytest.approx(
+            level, abs=4 * (level * (1 - level) / 1000) ** 0.5
+        )
+
+
+def test_verdict_does_not_depend_on_the_unit_and_follows_the_labels():
+    norms = np.random.default_rng(0).lognormal(size=10)
+    norms[[2, 7]] = 1e-3, 1e3
+    first, order = metrics.verdict(norms), np.random.default_rng(1).permutation(10)
+    moved, other = metrics.verdict(norms[order]), metrics.verdict(7 * norms)
+    assert first["below"] == other["below"] == [2] and first["above"] == other["above"] == [7]
+    assert [order[k] for k in moved["below"]] == [2] and [order[k] for k in moved["above"]] == [7]
+    assert first["p_value"] == other["p_value"] == moved["p_value"] < 0.01
+
+
+SPREAD = [60, 55, 70, 64, 58, 49, 66, 73, 61, 52]
+
+
+@pytest.mark.parametrize(
+    "changed, below, above",
+    [
+        ({}, [], []),
+        ({3: 12}, [3], []),
+        ({3: 300}, [], [3]),  # what training against Neural Cleanse does to its target
+        ({3: 12, 8: 13}, [3, 8], []),  # one hides the other from a test of a single label
+        ({3: 12, 8: 12, 5: 12}, [3, 8, 5], []),
+        ({3: 0}, [3], []),  # 0 has no logarithm
+        ({3: 12, 8: 300}, [3], [8]),
+    ],
+    ids=str,
+)
+def test_planted_labels(changed, below, above):
+    norms = np.array(SPREAD, float)
+    norms[list(changed)] = list(changed.values())
+    answer = metrics.verdict(norms)
+    assert sorted(answer["below"]) == sorted(below) and answer["above"] == above
+    assert (answer["p_value"] < 0.05) == bool(changed)
+    if changed:
+        assert answer["side"] == ("below" if below else "above")
+
+
+def test_a_failed_search_has_no_say():
+    """Six failed norms near 390 would set the median and make the four others look small."""
+    norms, found = [391, 58, 390, 61, 389, 388, 64, 392, 70, 390], [False] * 10
+    for label in (1, 3, 6, 8):
+        found[label] = True
+    answer = metrics.verdict(norms, found)
+    assert answer["conclusive"] is False and answer["label"] == 1
+    assert answer["p_value"] is answer["index"] is answer["ratio"] is answer["indices"] is None
+    assert answer["below"] == answer["above"] == answer["flagged_by_index"] == []
+    norms, found = [*SPREAD, 390, 12], [True] * 10 + [False] * 2
+    answer, alone = metrics.verdict(norms, found), metrics.verdict(SPREAD)
+    assert answer == alone | {"indices": [*alone["indices"], None, None]}
+
+
+@pytest.mark.parametrize("count, conclusive", [(5, True), (9, False), (10, True)])
+def test_half_of_the_labels_and_five_must_succeed(count, conclusive):
+    labels = 5 if count == 5 else 20
+    found = np.arange(labels) < count
+    assert metrics.verdict(np.arange(1.0, labels + 1), found)["conclusive"] == conclusive
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 4])
 def test_too_few_labels_get_an_answer_not_an_index(classes):
     norms = np.arange(1.0, classes + 1)
     assert metrics.anomaly_index(norms) is None
     answer = metrics.verdict(norms)
-    assert answer["applicable"] is False and answer["flagged"] == [] and answer["label"] == 0
+    assert answer["conclusive"] is False and answer["flagged_by_index"] == []
+    assert answer["label"] == 0
     assert answer["indices"] is answer["index"] is answer["p_value"] is None
 
 
-@pytest.mark.parametrize(
-    "classes, over_two, median, quantile, tolerance",
-    [
-        (5, 0.28, 1.22, 5.77, 0.2),  # a heavy tail: the quantile is known less well
-        (10, 0.33, 1.61, 3.88, 0.07),
-        (43, 0.64, 2.20, 3.48, 0.04),
-        (100, 0.87, 2.49, 3.52, 0.04),
-    ],
-)
-def test_null_distribution(classes, over_two, median, quantile, tolerance):
-    null = metrics.null_indices(classes)
-    assert (null > 2).mean() == pytest.approx(over_two, abs=0.01)
-    assert metrics.p_value(2.0, classes) == pytest.approx(over_two, abs=0.01)
-    assert np.median(null) == pytest.approx(median, abs=0.02)
-    assert np.quantile(null, 0.95) == pytest.approx(quantile, abs=tolerance)
-    assert metrics.p_value(np.quantile(null, 0.95), classes) == pytest.approx(0.05, abs=1e-3)
-
-
-def test_null_agrees_with_the_index_itself():
-    rng = np.random.default_rng(7)
-    largest = [metrics.anomaly_index(rng.normal(30, 5, 10)).max() for _ in range(4000)]
-    for quantile in (0.25, 0.5, 0.9):
-        assert (metrics.null_indices(10) < np.quantile(largest, quantile)).mean() == pytest.approx(
-            quantile, abs=0.03
-        )
-
-
-def test_p_value_falls_from_one_and_never_reaches_zero():
-    values = [metrics.p_value(index, 10) for index in (0, 0.5, 1, 2, 4, 8, 1e3, np.inf)]
-    assert values[0] == 1 and all(a >= b > 0 for a, b in itertools.pairwise(values))
-    assert values[-1] == 1 / 100_001
-
-
-def test_verdict_of_a_planted_label():
+def test_the_paper_s_rule_on_a_planted_label():
     norms = [60, 61, 62, 20, 63, 64, 65, 66, 67, 68]
     answer = metrics.verdict(norms)
     deviation = np.abs(np.array(norms) - 63.5)  # median of the ten
     expected = (63.5 - 20) / (SCALE * np.sort(deviation)[4:6].mean())
-    assert answer["applicable"] and answer["label"] == 3 and answer["flagged"] == [3]
+    assert answer["conclusive"] and answer["label"] == 3 and answer["flagged_by_index"] == [3]
     assert answer["index"] == pytest.approx(expected)
     assert answer["indices"][3] == answer["index"] and len(answer["indices"]) == 10
     assert answer["ratio"] == pytest.approx(20 / 63.5)
-    assert answer["p_value"] == metrics.p_value(expected, 10) < 0.01
 
 
-def test_verdict_flags_by_falling_index_strictly_over_the_threshold():
+def test_the_paper_s_rule_flags_by_falling_index_strictly_over_the_threshold():
     norms = [9, 10, 11, 12, 5, 1, 13]  # median 10, deviations 1 0 1 2 5 9 3, MAD 2
     answer = metrics.verdict(norms, threshold=5 / 2 / SCALE - 1e-9)
-    assert answer["flagged"] == [5, 4]
+    assert answer["flagged_by_index"] == [5, 4]
     index_of_4 = metrics.anomaly_index(norms)[4]
-    assert metrics.verdict(norms, threshold=index_of_4)["flagged"] == [5]
-    assert metrics.verdict(norms, threshold=9)["flagged"] == []
-
-
-def test_verdict_never_flags_an_ineligible_label():
-    norms = [60, 61, 62, 5, 63, 64, 65, 66, 30, 68]
-    eligible = np.ones(10, bool)
-    eligible[3] = False
-    answer = metrics.verdict(norms, eligible)
-    assert metrics.verdict(norms)["flagged"] == [3, 8]
-    assert answer["flagged"] == [8] and answer["label"] == 8
-    assert answer["index"] == pytest.approx(metrics.anomaly_index(norms)[8])
-    nothing = metrics.verdict(norms, np.zeros(10, bool))
-    assert nothing["flagged"] == [] and nothing["label"] is None and nothing["index"] == 0
-    assert nothing["p_value"] == 1
+    assert metrics.verdict(norms, threshold=index_of_4)["flagged_by_index"] == [5]
+    assert metrics.verdict(norms, threshold=9)["flagged_by_index"] == []
 
 
 @pytest.mark.parametrize(
@@ -154,8 +193,8 @@ def test_accuracy_is_a_percentage_of_all_images_in_eval_mode():
 @pytest.mark.parametrize("training", [True, False])
 def test_predict_batches_and_restores_the_mode(training):
     model = nn.Sequential(Brightness(), nn.Dropout(0.5)).train(training)
-    labels = metrics.predict(model, images_of(0, 255, 127, 128, 9), batch_size=2)
-    assert labels.tolist() == [0, 1, 0, 1, 0] and labels.dtype == torch.int64
+    labels = metrics.predict(model, images_of(0, 255, 127, 128, 9).repeat(100, 1, 1, 1))
+    assert labels.tolist() == [0, 1, 0, 1, 0] * 100 and labels.dtype == torch.int64
     assert all(module.training == training for module in model.modules())
 
 

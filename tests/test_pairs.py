@@ -15,7 +15,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_every_defence_takes_it(inline, one_line, tmp_path, attack):
+def test_every_defence_takes_it(inline, one_line, unread, tmp_path, attack):
     y = np.arange(120) % CLASSES
     labels = dict.fromkeys(["y_train", "y_test"], y + (y >= 3))  # no image is labelled 3
     data = write_npz(tmp_path / "own.npz", SHAPE, CLASSES, 120, **labels)

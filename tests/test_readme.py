@@ -18,11 +18,11 @@ COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.strip()]
 SCRIPTS = [command for command in COMMANDS if command[0] == "python"]
 
 
-def test_every_command_runs_in_its_short_form(tmp_path):
+def test_every_command_runs_in_its_short_form(unread, tmp_path):
     (tmp_path / "data").mkdir()
-    write_npz(tmp_path / "data" / "cifar10.npz", shape=(32, 32, 3), classes=10, count=60)
+    write_npz(tmp_path / "data" / "cifar10.npz", shape=(32, 32, 3), classes=10, count=20)
     write_npz(tmp_path / "data" / "mnist.npz", classes=10, count=300)
-    model = build_model("preact_resnet18", 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    model = build_model("wrn16_1", 10, (3, 32, 32), (0.0,) * 3, (1.0,) * 3)
     torch.save({"netC": model.net.state_dict()}, tmp_path / "suspect.pt")
     assert len(SCRIPTS) >= 4
     for command in SCRIPTS:
@@ -57,7 +57,7 @@ def test_runs_sh_alone_lists_its_commands():
     text = (ROOT / "runs.sh").read_text()
     listed = set(re.findall(r"^  (\w+) ", done.stdout, re.M))
     assert done.returncode == 0
-    assert listed == {"demo", "test", "mnist", "gpu", "bench", "setup"}
+    assert listed == {"demo", "audit", "test", "mnist", "gpu", "bench", "setup"}
     assert all(f"{name}()" in text or f"{name})" in text for name in listed)
     assert {command[2] for command in COMMANDS if command[0] == "bash"} <= listed
     assert runs_sh("nonsense").returncode == 2

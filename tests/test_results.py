@@ -77,8 +77,7 @@ def rows_of(name, entries):
 
 
 def detected(norms, victim="mnist-mnist_cnn-badnets-s0", **metrics):
-    base = {"norms": norms, "target": 0, "case": 1, "flagged": [0], "index": 3.0, "p_value": 0.1}
-    return entry(victim, "nc", **(base | {"ratio": 0.1} | metrics))
+    return entry(victim, "nc", norms=norms, **({"target": 0} | metrics))
 
 
 def listed_rows(folder):
@@ -211,24 +210,27 @@ def test_missing_values_do_not_count_and_infinity_shows():
 
 def test_an_infinite_index_and_a_ratio_of_0_are_figures():
     """Half of the norms are equal (MAD 0) and the target's is 0."""
-    run = detected([0.0, 5, 5, 5, 5, 5], index="inf", ratio=0.0, p_value=1e-5)
+    run = detected([0.0, 5, 5, 5, 5, 5])
     row = rows_of("Detectors", [entry(), run])["nc on badnets", "mnist_cnn"]
     assert (row["index"], row["ratio"], row["target's norm"]) == ("∞ (1)", "0.00 (1)", "−∞ (1)")
     assert (row["index > 2"], row["p < .05"], row["p"]) == ("1 of 1", "1 of 1", "0.000 (1)")
-    equal = rows_of("Detectors", [detected([5.0] * 6, index=0.0, flagged=[], case=4)])
+    equal = rows_of("Detectors", [detected([5.0] * 6)])
     assert equal["nc on badnets", "mnist_cnn"]["target's norm"] == "0.00 (1)"
 
 
 def test_fewer_than_5_labels_are_dashes():
-    run = entry(defence="nc", norms=[1, 2, 3], index=None, ratio=None, p_value=None, flagged=[])
+    run = entry(defence="nc", norms=[1, 2, 3], target=0)
     row = rows_of("Detectors", [run])["nc on badnets", "mnist_cnn"]
     assert set(list(row.values())[2:-1]) == {"–"}
 
 
-def test_one_run_without_a_ratio_leaves_the_others():
-    runs = [detected([1.0, 5, 6, 7, 8]), detected([1.0, 5, 6, 7, 8], "mnist-mnist_cnn-badnets-s1")]
-    runs[1]["metrics"]["ratio"] = None
-    assert rows_of("Detectors", runs)["nc on badnets", "mnist_cnn"]["ratio"] == "0.10 (1)"
+@pytest.mark.parametrize(
+    "searches", [{"found": [True] * 2 + [False] * 3}, {"asrs": [0.9, 0.8, 0.7, 0.7, 0.7]}]
+)
+def test_a_run_with_too_few_successful_searches_leaves_the_others(searches):
+    runs = [detected([1.0, 5, 6, 7, 8])]
+    runs += [detected([1.0, 5, 6, 7, 8], "mnist-mnist_cnn-badnets-s1", **searches)]
+    assert rows_of("Detectors", runs)["nc on badnets", "mnist_cnn"]["ratio"] == "0.17 (1)"
 
 
 def test_a_norm_above_the_others_shows_with_its_sign():
@@ -241,16 +243,22 @@ def test_a_norm_above_the_others_shows_with_its_sign():
 
 
 def test_cases_are_counted_in_their_order():
-    victims = [f"mnist-mnist_cnn-badnets-s{seed}" for seed in range(4)]
-    runs = [detected([1.0, 5, 6, 7, 8], v, case=c) for v, c in zip(victims, (1, 1, 3, 4))]
+    """By the norms that a run stored, whatever its own verdict was."""
+    found, another, none = [1.0, 5, 6, 7, 8], [6.0, 1, 5, 7, 8], [5, 5.5, 6, 7, 8]
+    runs = [
+        detected(norms, f"mnist-mnist_cnn-badnets-s{seed}", case=2)
+        for seed, norms in enumerate((found, found, another, none))
+    ]
     row = rows_of("Detectors", runs)["nc on badnets", "mnist_cnn"]
-    assert row["cases 1 / 2 / 3 / 4"] == "2 / 0 / 1 / 1"
+    assert row["cases 1 / 2 / 3 / 4"] == "2 / 0 / 1 / 1" and row["index > 2"] == "3 of 4"
 
 
-def test_a_p_value_of_5_per_cent_is_not_below_it():
-    victims = [f"mnist-mnist_cnn-badnets-s{seed}" for seed in range(3)]
-    runs = [detected([1.0, 5, 6, 7, 8], v, p_value=p) for v, p in zip(victims, (0.04, 0.05, 0.3))]
-    assert rows_of("Detectors", runs)["nc on badnets", "mnist_cnn"]["p < .05"] == "1 of 3"
+def test_a_small_p_counts_on_either_side_and_names_a_label():
+    plain = [60, 55, 70, 64, 58, 49, 66, 73, 61, 52]
+    cases = [5, *plain[1:]], [900, *plain[1:]], [*plain[:9], 5], plain
+    runs = [detected(norms, f"mnist-mnist_cnn-badnets-s{seed}") for seed, norms in enumerate(cases)]
+    row = rows_of("Detectors", runs)["nc on badnets", "mnist_cnn"]
+    assert row["p < .05"] == "3 of 4" and row["p names the target"] == "2 of 4"
 
 
 def test_strip_shows_the_rates_at_one_per_cent():
@@ -280,12 +288,12 @@ def test_every_share_of_a_repair_has_a_row_and_other_tables_count_the_run_once()
     assert shown == ["97.00 (1)", "98.00 (1)", "98.50 (1)"]
     assert rows[f"{name}, 1 %", "mnist_cnn"]["drop"] == "2.00 (1)"
     assert rows[f"{name}, 1 %", "mnist_cnn"]["ASR"] == "7.00 (1)"
-    assert rows_of("Detectors", [run])[name, "mnist_cnn"]["index"] == "3.00 (1)"
+    assert rows_of("Detectors", [run])[name, "mnist_cnn"]["index"] == "3.37 (1)"
 
 
 def test_only_models_that_were_repaired_are_in_the_repairs():
     runs = [detected([1.0, 5, 6, 7, 8], clean_accuracy_repaired=98.0)]
-    runs += [detected([4.0, 5, 6, 7, 8], "mnist-mnist_cnn-wanet-s0", flagged=[], case=4)]
+    runs += [detected([4.0, 5, 6, 7, 8], "mnist-mnist_cnn-wanet-s0")]
     assert [label for label, _ in rows_of("Repairs", runs)] == ["nc on badnets, 10 %"]
 
 

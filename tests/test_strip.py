@@ -1,16 +1,19 @@
 """STRIP against toy models with known entropies, its boundaries, and runs on digits."""
 
+import csv
 import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import files_below, result_of, run_script
+from conftest import files_below, loaded, result_of, run_script
+from PIL import Image
 from scipy.stats import entropy, norm
 from torch import nn
 from tqdm import tqdm
 
+from common.datasets import load_dataset
 from methods import strip
 
 CLASSES = 7
@@ -247,3 +250,51 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "strip", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+# ===== Inputs of the user =====
+
+
+def triggered_and_clean(folder):
+    """The first four triggered test images of a victim and four clean ones."""
+    with np.load(folder / "poisoned_test.npz") as archive:
+        return np.concatenate((archive["x"][:4], load_dataset("digits", "data", "cpu").x_test[:4]
+                               .permute(0, 2, 3, 1).numpy()))  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_suspects_are_judged_one_by_one(inline, tmp_path, digits_badnets, capfd, form):
+    """A bare checkpoint will do: the triggered inputs are stopped and the clean ones pass."""
+    model = loaded(digits_badnets).model
+    torch.save(model.net.state_dict(), tmp_path / "suspect.pt")
+    x = triggered_and_clean(digits_badnets)
+    if form == "npz":
+        np.savez(tmp_path / "x.npz", x=x)
+        names = [str(k) for k in range(8)]
+    else:
+        names = [f"{'ab'[k // 4]}/{k}.png" for k in range(8)]
+        for name, image in zip(names, x):
+            (tmp_path / "inputs" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(tmp_path / "inputs" / name)
+    source = "x.npz" if form == "npz" else "inputs"
+    flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+    ran = inline("strip", *flags, "--suspects", source, "--inputs", 50)
+    rows = list(csv.reader((tmp_path / "suspect" / "strip-s0" / "suspects.csv").open()))
+    assert rows[0] == ["input", "entropy", "stopped"] and [row[0] for row in rows[1:]] == names
+    assert [row[2] for row in rows[1:5]] == ["True"] * 4 and "False" in [row[2] for row in rows[5:]]
+    h = strip.entropies(model, torch.from_numpy(x).permute(0, 3, 1, 2), ran["overlays"],
+                        blend="add", batch_size=200)  # fmt: skip
+    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], h, atol=1e-5)
+    assert f"{names[0]}: entropy" in capfd.readouterr().out
+    assert result_of(tmp_path / "suspect" / "strip-s0")["metrics"]["suspects"] == 8
+
+
+@pytest.mark.parametrize("source", ["nowhere.npz", "empty", "wide.npz", "text.npz"])
+def test_bad_suspects(inline, one_line, unread, tmp_path, untrained, source):
+    torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npz").write_text("not an archive")
+    np.savez(tmp_path / "wide.npz", x=np.zeros((3, 28, 30), np.uint8))
+    flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+    assert source in one_line(inline, "strip", *flags, "--suspects", source)
+    assert not (tmp_path / "suspect").exists()

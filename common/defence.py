@@ -154,12 +154,13 @@ def careful_repair(repair, control, model, x, y, *, lr, seed, suffix=""):
 
     It is checked on the last fifth, see `halving`. Returns {"_repaired": model, "_clean_only": that
     of `control` at the same rate}, with the suffix, and the rate; no "_repaired" where every repair
-    cost too much.
+    cost too much, and nothing where no image can be kept back.
     """
     kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     kept[defender_split(y, KEPT_BACK, seed)] = True
     if kept.all():
-        fail(f"{len(y)} clean images are too few for a repair: each is the only one of its class")
+        print(f"no repair: each of the {len(y)} clean images is the only one of its class")
+        return {}, lr
     part = model, x[~kept], y[~kept]
     repaired, lr = halving(partial(repair, *part), lr, model, x[kept], y[kept])
     models = {f"_repaired{suffix}": repaired} if repaired else {}

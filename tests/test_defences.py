@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from common import defence, metrics
-from common.defence import careful_repair, check_reading, halving, report_verdict
+from common.defence import careful_repair, check_reading, halving, in_parts, report_verdict
 from common.metrics import verdict
 from common.models import build_model
 
@@ -269,6 +269,12 @@ def test_a_repair_sees_four_fifths_and_is_checked_on_the_rest():
         assert torch.equal(images, seen[0][2]) and len(images.unique(dim=0)) == 800
 
 
+def test_one_image_a_class_leaves_none_for_a_repair(capfd):
+    x, y = ranked()
+    made = careful_repair(None, None, Says(1.0), x[:10], y[:10], lr=0.1, seed=0)
+    assert made == ({}, 0.1) and "no repair" in capfd.readouterr().out
+
+
 @every_detector
 def test_a_wrecked_model_is_not_saved(
     inline, all_found, tmp_path, name, digits_badnets, monkeypatch, capfd
@@ -280,3 +286,31 @@ def test_a_wrecked_model_is_not_saved(
     metrics = result_of(tmp_path)["metrics"]
     assert "asr_clean_only" in metrics and "asr_repaired" not in metrics
     assert not (tmp_path / "model.pt").exists() and "none is saved" in capfd.readouterr().out
+
+
+# ===== Memory =====
+
+
+@pytest.mark.parametrize("most, sizes", [(10, [7]), (3, [3, 3, 1]), (2, [1] * 7)])
+def test_labels_are_halved_until_they_fit(capfd, most, sizes):
+    """7, 3, 1 at once; it is said once."""
+    tried = []
+
+    def search(labels):
+        tried.append(len(labels))
+        if len(labels) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return labels
+
+    parts = in_parts(search, list(range(7)), 7)
+    assert [len(part) for part in parts] == sizes
+    assert [label for part in parts for label in part] == list(range(7))
+    assert tried == [n for n in (7, 3) if n > most] + sizes
+    assert capfd.readouterr().out.count("halving") == (most < 7)
+
+
+def test_one_label_that_does_not_fit_is_refused(one_line):
+    def search(labels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert "--batch-size" in one_line(in_parts, search, [0, 1, 2], 3)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.utils import make_grid
 
 from common import fail, saved_figure, written_whole
 from common.datasets import Dataset, check_split, load_dataset, read_npz, to_float
@@ -125,14 +126,15 @@ def save_images(path, x, **labels):
 
 def draw_rows(path, rows):
     """Draw a list of rows (name, images N x C x H x W in [0,1]), one image a column."""
-    count = len(rows[0][1])
-    size = 1.1 * count + 1.2, 1.15 * len(rows)
-    with saved_figure(path, len(rows), count, figsize=size, squeeze=False) as (_, axes):
-        for axis_row, (name, images) in zip(axes, rows):
-            for axis, image in zip(axis_row, images.permute(0, 2, 3, 1).cpu().numpy()):
-                axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-                axis.set(xticks=[], yticks=[])
-            axis_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    names, images = zip(*rows)
+    count, height, width = len(images[0]), images[0].shape[2], images[0].shape[3]
+    gap = max(1, width // 16)
+    picture = make_grid(torch.cat([x.cpu() for x in images]), count, gap, pad_value=1)
+    with saved_figure(path, figsize=(1.1 * count + 1.2, 1.15 * len(rows))) as (_, axis):
+        axis.imshow(picture.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+        middles = [gap + height / 2 + (height + gap) * i for i in range(len(rows))]
+        axis.set(xticks=[], yticks=middles, yticklabels=names, frame_on=False)
+        axis.tick_params(length=0)
 
 
 def save_samples(folder, x, x_poisoned, count=8):

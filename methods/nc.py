@@ -43,6 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -218,17 +219,20 @@ def unlearn(model, x, y, label, mask, pattern, *, stamped, lr, batch_size=32):
 
 def draw(path, masks, patterns, norms, indices):
     """Reversed triggers (mask times pattern) with norm and anomaly index per label."""
-    columns = min(10, len(norms))
+    columns, width = min(10, len(norms)), masks.shape[-1] + 2
     rows = math.ceil(len(norms) / columns)
-    size = 1.2 * columns, 1.7 * rows
-    with saved_figure(path, rows, columns, figsize=size, squeeze=False) as (_, axes):
-        for axis in axes.flat:
-            axis.axis("off")
-        for label, axis in enumerate(axes.flat[: len(norms)]):
-            trigger = (masks[label] * patterns[label]).permute(1, 2, 0).squeeze().cpu()
-            axis.imshow(trigger.numpy(), cmap="gray", vmin=0, vmax=1)
-            index = "" if indices is None else f"\nindex {indices[label]:.2f}"
-            axis.set_title(f"label {label}\n|m| {norms[label]:.1f}{index}", fontsize=7)
+    with saved_figure(path, rows, figsize=(1.2 * columns, 1.7 * rows), squeeze=False) as (_, axes):
+        for axis, first in zip(axes.flat, range(0, len(norms), columns)):
+            part = slice(first, first + columns)
+            picture = make_grid((masks * patterns)[part].cpu(), columns, pad_value=1)
+            axis.imshow(picture.permute(1, 2, 0), interpolation="nearest")
+            titles = [f"label {k}\n|m| {n:.1f}" for k, n in enumerate(norms)][part]
+            if indices is not None:
+                titles = [f"{t}\nindex {i:.2f}" for t, i in zip(titles, indices[part])]
+            middles = [width * (i + 0.5) + 1 for i in range(len(titles))]
+            axis.set(yticks=[], xticks=middles, xlim=(-0.5, width * columns + 1.5), frame_on=False)
+            axis.set_xticklabels(titles, fontsize=7)
+            axis.tick_params(length=0, labeltop=True, labelbottom=False)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def step():
     mask, pattern = images(1, (28, 28), 3), images(1, (28, 28), 4)
 
     def call(model, generator, lambdas, side=0, x=x, y=y):
-        settings = {"target": 1, "count": 4, "epsilon": 0.01, "side": side, "lambdas": lambdas}
+        settings = {"target": 1, "count": 4, "epsilon": 0.3, "side": side, "lambdas": lambdas}
         return stealthy.joint_losses(model, generator, x, y, (mask, pattern), **settings)
 
     call.x, call.y, call.mask, call.pattern = x, y, mask, pattern
@@ -126,7 +126,7 @@ def by_hand(model, generator, step, side=0):
     m, d = step.mask.double(), step.pattern.double()
 
     def star(image, p):
-        made = (0.01 * p + 0.99 * image if generator else image).clamp(0, 1).clone()
+        made = (0.3 * p + 0.7 * image if generator else image).clamp(0, 1).clone()
         made[:, 28 - side :, 28 - side :] = 1
         return made
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.utils import make_grid
 
 from common import fail, saved_figure, written_whole
 from common.datasets import Dataset, check_split, load_dataset, read_npz, to_float
@@ -126,6 +125,8 @@ def save_images(path, x, **labels):
 
 def draw_rows(path, rows):
     """Draw a list of rows (name, images N x C x H x W in [0,1]), one image a column."""
+    from torchvision.utils import make_grid  # 2 s
+
     names, images = zip(*rows)
     count, height, width = len(images[0]), images[0].shape[2], images[0].shape[3]
     gap = max(1, width // 16)

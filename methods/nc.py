@@ -43,7 +43,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -219,6 +218,8 @@ def unlearn(model, x, y, label, mask, pattern, *, stamped, lr, batch_size=32):
 
 def draw(path, masks, patterns, norms, indices):
     """Reversed triggers (mask times pattern) with norm and anomaly index per label."""
+    from torchvision.utils import make_grid  # 2 s
+
     columns, width = min(10, len(norms)), masks.shape[-1] + 2
     rows = math.ceil(len(norms) / columns)
     with saved_figure(path, rows, figsize=(1.2 * columns, 1.7 * rows), squeeze=False) as (_, axes):

@@ -472,7 +472,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     they have in common is more than the trigger, and most of the backdoor stays.
     """
     before, out = files_below(digits_badnets), tmp_path / "out"
-    epochs = "--isolation-epochs", 12, "--epochs", 8, "--unlearn-steps", 200
+    epochs = "--isolation-epochs", 8, "--epochs", 6, "--unlearn-steps", 150
     flags = *epochs, "--isolation", 0.01, 0.05, "--ascent", "bounded", "--out", out
     ran = inline("abl", "--ckpt", digits_badnets, *flags)
     printed, result = capfd.readouterr().out, result_of(out)
@@ -521,12 +521,12 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     assert metrics["isolated_loss_repaired"] == pytest.approx(own, rel=1e-4) and own > math.log(10)
     expected = {"isolation": [0.01, 0.05], "isolated": 72, "images": 1437, "poisoned": 144}
     assert expected.items() <= metrics.items() and result["script"] == "abl"
-    assert result["arguments"]["isolation_epochs"] == 12 and result["seconds"] > 0
+    assert result["arguments"]["isolation_epochs"] == 8 and result["seconds"] > 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds(inline, digits_badnets, tmp_path, seed):
-    flags = "--isolation-epochs", 8, "--epochs", 6, "--unlearn-steps", 50, "--isolation", 0.1
+    flags = "--isolation-epochs", 6, "--epochs", 6, "--unlearn-steps", 50, "--isolation", 0.1
     flags = *flags, "--ascent", "bounded"
     _, metrics = repaired_by(inline, digits_badnets, tmp_path, *flags, "--seed", seed)
     assert metrics["isolation_precision"] >= 80 and metrics["asr"] >= 98
@@ -535,7 +535,7 @@ def test_other_seeds(inline, digits_badnets, tmp_path, seed):
 
 def test_cost_on_clean_data(inline, digits, digits_clean, tmp_path, capfd):
     """Without poison the isolated images are clean ones, and to forget them costs accuracy."""
-    epochs = "--isolation-epochs", 8, "--epochs", 6, "--unlearn-steps", 50
+    epochs = "--isolation-epochs", 6, "--epochs", 6, "--unlearn-steps", 50
     flags = "--train-set", "clean", "--ascent", "bounded", *epochs
     model, metrics = repaired_by(inline, digits_clean, tmp_path / "out", *flags)
     assert "ASR cannot be measured" in capfd.readouterr().out

@@ -361,11 +361,11 @@ def test_badnets_obeys_its_patch_and_no_other_place(digits_badnets, digits):
 def test_wanet_obeys_its_field_and_no_other_warp(digits_wanet, digits):
     model, metrics = load(digits_wanet), result_of(digits_wanet)["metrics"]
     grid = read_checkpoint(digits_wanet / "model.pt")["trigger"]["grid"]
-    assert torch.equal(grid, grid_of(0, s=1.0, height=28, width=28))
+    assert torch.equal(grid, grid_of(0, s=2.0, height=28, width=28))
     _, counts = attack_targets(digits.y_test, 0, 10)
     x = digits.x_test[counts].numpy() / 255
     rates = []
-    for field in (grid, grid_of(7, s=1.0, height=28, width=28)):
+    for field in (grid, grid_of(7, s=2.0, height=28, width=28)):
         warped = np.stack([oracle_warp(image, field[0].numpy()) for image in x])
         images = torch.from_numpy(np.rint(255 * warped).astype(np.uint8))
         rates.append(100 * (predict(model, images) == 0).float().mean().item())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, loaded, random_images, result_of, run_script
+from conftest import SHORT, loaded, random_images, result_of, run_here
 from planted import CLASSES, SIDE, TARGET, Planted, frozen, images, index_of
 from scipy.optimize import minimize
 from torch import nn
@@ -433,12 +433,10 @@ def test_lpips_without_its_weights_stops_before_the_work(
 def run(tmp_path_factory, digits_wanet):
     """Default settings but for half the width and fewer, larger steps."""
     out = tmp_path_factory.mktemp("generators")
-    flags = "--width", 4, "--pretrain-steps", 400, "--steps", 60, "--lr", 3e-3, "--batch-size", 32
+    flags = "--width", 4, "--pretrain-steps", 400, "--steps", 50, "--lr", 3e-3, "--batch-size", 32
     common = "--ckpt", digits_wanet, "--out", out, "--lpips-net", "none"
     common += "--repair-fraction", 0.1, 0.21
-    done = run_script("generator_reverse", *common, *flags, cwd=out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return out, run_here("generator_reverse", *common, *flags, cwd=out)
 
 
 def test_run_finds_the_target_and_removes_the_backdoor(run):

@@ -45,7 +45,7 @@ SHORT["freq_backdoor"] += ["--heat-images", 5, "--autoencoder-steps", 2]
 SHORT["pruning_aware"] += ["--batch-size", 16, "--max-drop", 2]  # or no channel is left
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
-SHORT["generator_reverse"] += ["--lpips-net", "none"]
+SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]
 SHORT["strip"] = ["--overlays", 10, "--inputs", 50]
 SHORT["fine_pruning"] = ["--epochs", 1]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
@@ -56,17 +56,6 @@ def pytest_addoption(parser, pluginmanager):
     if not pluginmanager.hasplugin("xdist"):
         for option in ("--numprocesses", "--dist"):
             parser.addoption(option, help="needs pytest-xdist")
-
-
-SPREAD = {"test_audit", "test_defences", "test_pairs"}  # slow, few tests, no fixtures of their own
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """A file's tests go to one worker, which makes the file's fixtures once; SPREAD's to any."""
-    for item in items:
-        if item.path.stem not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def script_command(name, *args):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHORT
 from PIL import Image
 
 from results import audit
@@ -103,8 +103,13 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, tmp_path, capfd):
 
 def test_searches_that_fail_are_inconclusive(monkeypatch, tmp_path, digits_clean):
     """The real detectors, two steps each."""
-    quick = "--steps", 2, "--batch-size", 4
-    assert run_audit(monkeypatch, tmp_path, digits_clean, *quick, "--out", "audit") == 11
+    run = subprocess.run
+
+    def quick(command, **settings):
+        return run([*map(str, [*command, *SHORT[Path(command[1]).stem]])], **settings)
+
+    monkeypatch.setattr(subprocess, "run", quick)
+    assert run_audit(monkeypatch, tmp_path, digits_clean, "--out", "audit") == 11
     written = {path.name for path in (tmp_path / "audit").iterdir()}
     detectors = {"nc", "nc.log", "generator_reverse", "generator_reverse.log"}
     assert written == detectors | {"audit.png", "audit.json"}

@@ -56,6 +56,7 @@ def pytest_addoption(parser, pluginmanager):
     if not pluginmanager.hasplugin("xdist"):
         for option in ("--numprocesses", "--dist"):
             parser.addoption(option, help="needs pytest-xdist")
+        parser.addoption("--no-loadscope-reorder", action="store_true", help="needs pytest-xdist")
 
 
 def script_command(name, *args):

@@ -363,7 +363,7 @@ OTHERS = {  # what the short runs leave out
     "nc": ["--rule", "index", "--threshold", 1e-6, "--steps", 10, "--batch-size", 8],
     "generator_reverse": [
         *("--rule", "index", "--threshold", 1e-6),
-        *("--steps", 4, "--lr", 0.03, "--batch-size", 8),
+        *("--width", 8, "--steps", 4, "--lr", 0.03, "--batch-size", 8),
     ],
 }
 COMMANDS = {name: [*SHORT[name], *OTHERS.get(name, [])] for name in SHORT}

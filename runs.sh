@@ -11,7 +11,7 @@ usage: bash runs.sh COMMAND
   demo            train a WaNet victim on the bundled digits, detect it, remove the backdoor
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
-  test [ARGS]     run the tests (about 10 minutes on 2 cores; ARGS go to pytest)
+  test [ARGS]     run the tests (about 9 minutes on 2 cores; ARGS go to pytest)
   mnist           every row of the README's tables (hours on 2 cores; finished runs are skipped)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
@@ -189,7 +189,7 @@ case "${1:-}" in
     setup
     echo "== python -m pytest ${*:2}"
     echo "Formulas and figures against independent oracles, whole runs on digits, bad input and a"
-    echo "rehearsal on CUDA, with one process per core: all of it takes about 10 minutes on 2 cores."
+    echo "rehearsal on CUDA, with one process per core: all of it takes about 9 minutes on 2 cores."
     python -m pytest "${@:2}"
     ;;
   "") usage ;;

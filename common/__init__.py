@@ -71,7 +71,8 @@ def saved_figure(path, rows=1, columns=1, **settings):
     figure, axes = plt.subplots(rows, columns, **settings)
     try:
         yield figure, axes
-        figure.tight_layout()
+        if rows * columns > 1:
+            figure.tight_layout()
         with written_whole(path) as temporary:
             figure.savefig(temporary, dpi=120, bbox_inches="tight")
     finally:

@@ -206,13 +206,13 @@ def victims(tmp_path_factory, request):
 @pytest.fixture(scope="session")
 def digits_clean(victims):
     """Checkpoint folder of a clean model."""
-    return victims("clean", "--epochs", 25)
+    return victims("clean", "--epochs", 15)
 
 
 @pytest.fixture(scope="session")
 def digits_badnets(victims, digits_clean):
     """Checkpoint folder of a BadNets model with target 0; its control lies beside it."""
-    return victims("badnets", "--epochs", 25)
+    return victims("badnets", "--epochs", 15)
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +227,7 @@ def digits_wanet(victims, digits_clean):
 @pytest.fixture(scope="session")
 def digits_blend(victims, digits_clean):
     """Checkpoint folder of a Blend model with target 0, a noise picture; its control beside it."""
-    return victims("blend", "--epochs", 25)
+    return victims("blend", "--epochs", 15)
 
 
 @pytest.fixture(scope="session")

@@ -379,7 +379,7 @@ def test_a_stage_2_that_prunes_everything_is_refused(inline, one_line, tmp_path)
 
 @pytest.fixture(scope="module")
 def victim(victims):
-    return victims("pruning_aware", "--epochs", 16)
+    return victims("pruning_aware", "--epochs", 10)
 
 
 def pruned_by_score(folder, digits, count):

@@ -400,6 +400,15 @@ def victim(tmp_path, digits_badnets):
     return tmp_path / "victim"
 
 
+@pytest.fixture
+def few(victim, digits_badnets):
+    """The victim with 300 of its training images, and with its poisoned test images."""
+    shutil.copy(digits_badnets / "poisoned_test.npz", victim)
+    parts = dict.fromkeys(("x", "y_given", "poisoned"), lambda values: values[:300])
+    replaced(**parts)(victim / "poisoned_train.npz")
+    return victim
+
+
 def replaced(**changes):
     """Rewrite the training set with arrays made from the old ones."""
 
@@ -554,27 +563,27 @@ def test_cost_on_clean_data(inline, digits, digits_clean, tmp_path, capfd):
     ]
 
 
-def test_defaults_are_the_papers_objective(inline, digits_badnets, tmp_path):
+def test_defaults_are_the_papers_objective(inline, few, tmp_path):
     """Five epochs of D_b at the authors' rate; other ascents are other models."""
     flags = "--isolation-epochs", 1, "--epochs", 1, "--batch-size", 32, "--isolation", 0.05
-    model, _ = repaired_by(inline, digits_badnets, tmp_path / "default", *flags)
+    model, _ = repaired_by(inline, few, tmp_path / "default", *flags)
     arguments = result_of(tmp_path / "default")["arguments"]
     assert (arguments["ascent"], arguments["unlearn_lr"]) == ("joint", 5e-4)
-    steps = 5 * math.ceil(round(0.05 * 1437) / 32)
+    steps = 5 * math.ceil(round(0.05 * 300) / 32)
     flags = *flags, "--unlearn-lr", 5e-4, "--unlearn-steps", steps, "--ascent"
     joint, isolated, bounded = (
-        repaired_by(inline, digits_badnets, tmp_path / kind, *flags, kind)[0] for kind in abl.RATES
+        repaired_by(inline, few, tmp_path / kind, *flags, kind)[0] for kind in abl.RATES
     )
     assert same_weights(model, joint)
     assert not same_weights(joint, isolated) and not same_weights(joint, bounded)
 
 
-def test_same_seed_same_model(inline, digits_badnets, tmp_path):
+def test_same_seed_same_model(inline, few, tmp_path):
     """Both kinds of loss are one method to the last bit; granularity and seed are not."""
 
     def run(name, *flags):
-        flags = *SHORT["abl"], "--gamma", 1.5, *flags
-        return repaired_by(inline, digits_badnets, tmp_path / name, *flags)
+        flags = *SHORT["abl"], "--batch-size", 16, "--gamma", 1.5, *flags
+        return repaired_by(inline, few, tmp_path / name, *flags)
 
     model, metrics = run("first")
     again, repeated = run("again", "--loss", "flooding")
@@ -583,13 +592,11 @@ def test_same_seed_same_model(inline, digits_badnets, tmp_path):
         assert not same_weights(model, run("other", *flags)[0])
 
 
-def test_several_rates_and_what_the_defender_does_not_see(
-    inline, digits_badnets, victim, tmp_path, capfd
-):
+def test_several_rates_and_what_the_defender_does_not_see(inline, few, tmp_path, capfd):
     """The last rate's model is that of a run alone; neither flags nor test images make it."""
     flags = *SHORT["abl"], "--isolation"
-    model, alone = repaired_by(inline, digits_badnets, tmp_path / "alone", *flags, 0.05)
-    both, metrics = repaired_by(inline, digits_badnets, tmp_path / "both", *flags, 0.2, 0.05)
+    model, alone = repaired_by(inline, few, tmp_path / "alone", *flags, 0.05)
+    both, metrics = repaired_by(inline, few, tmp_path / "both", *flags, 0.2, 0.05)
     assert same_weights(model, both) and metrics["isolation"] == [0.2, 0.05]
     assert {key: metrics[key] for key in alone} == alone | {"isolation": [0.2, 0.05]}
     figures = "clean_accuracy", "asr", "robust_accuracy"
@@ -597,17 +604,18 @@ def test_several_rates_and_what_the_defender_does_not_see(
     expected |= {f"isolated_{kind}_0.2" for kind in ("loss_trained", "loss_repaired")}
     expected |= {"isolation_precision_0.2", "isolated_0.2", "isolated_label_share_0.2"}
     assert metrics.keys() - alone.keys() == expected
-    assert (metrics["isolated"], metrics["isolated_0.2"]) == (round(0.05 * 1437), round(0.2 * 1437))
+    assert (metrics["isolated"], metrics["isolated_0.2"]) == (round(0.05 * 300), round(0.2 * 300))
 
-    replaced(poisoned=lambda p: p[::-1] & False)(victim / "poisoned_train.npz")
-    (victim / "abl-s0").mkdir()
-    (victim / "abl-s0" / "triggers.png").write_text("of an earlier run")
+    replaced(poisoned=lambda p: p & False)(few / "poisoned_train.npz")
+    (few / "poisoned_test.npz").unlink()
+    (few / "abl-s0").mkdir()
+    (few / "abl-s0" / "triggers.png").write_text("of an earlier run")
     capfd.readouterr()
-    blind, metrics = repaired_by(inline, victim, victim / "abl-s0", *flags, 0.05)
+    blind, metrics = repaired_by(inline, few, few / "abl-s0", *flags, 0.05)
     assert same_weights(model, blind) and "cannot be measured" in capfd.readouterr().out
     assert metrics["poisoned"] == metrics["isolation_precision"] == 0
     assert not any("asr" in key for key in metrics)
-    assert files_below(victim / "abl-s0") == [
+    assert files_below(few / "abl-s0") == [
         "isolated.csv",
         "losses.png",
         "model.pt",

@@ -13,6 +13,8 @@ usage: bash runs.sh COMMAND
                   every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (about 9 minutes on 2 cores; ARGS go to pytest)
   mnist           every row of the README's tables (hours on 2 cores; finished runs are skipped)
+  level [DATASETS]
+                  false alarms and finds of the verdict on new networks (hours; default: digits)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
@@ -165,6 +167,22 @@ gpu() {
   done
 }
 
+# the verdict on networks that had no part in its choice; see results/level.py
+level() {
+  local dataset v s
+  for dataset in "${@:-digits}"; do
+    victims clean "$dataset" mnist_cnn $(seq 100 119)
+    victims badnets "$dataset" mnist_cnn $(seq 100 109)
+    for v in "runs/$dataset"-mnist_cnn-{clean,badnets}-s1[01]?; do
+      s=${v##*-s}
+      row nc "$v" "$s"
+      row generator_reverse "$v" "$s" --lpips-net none
+    done
+  done
+  python results/table.py runs/*-s1[01]? --save level
+  python results/level.py
+}
+
 bench() {
   local dataset=${1:-digits} out=runs/bench start
   run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
@@ -176,7 +194,7 @@ bench() {
 }
 
 case "${1:-}" in
-  demo | mnist | gpu | bench)
+  demo | mnist | level | gpu | bench)
     setup
     "$@"
     ;;

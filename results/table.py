@@ -20,6 +20,7 @@ import tomli
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
 from common.metrics import case_of, verdict
+from results import level
 
 HERE = Path(__file__).resolve().parent
 PAPERS = tomli.loads((HERE / "papers.toml").read_text())
@@ -42,8 +43,7 @@ def spread(values, form=".2f"):
     if values.empty:
         return DASH
     sd = f" ± {values.std():{form}}" if len(values) > 1 and np.isfinite(values).all() else ""
-    text = f"{values.mean():{form}}{sd} ({len(values)})"
-    return text.replace("inf", "∞").replace("-", "−")
+    return f"{values.mean():{form}}{sd} ({len(values)})".replace("inf", "∞").replace("-", "−")
 
 
 def cell(runs, metric):
@@ -129,11 +129,11 @@ def section(name, runs, papers=PAPERS, file=""):
         rows.append([label, network, *(cell(group, key) for key in keys), number])
         if "source" in paper:
             rows.append(["*the paper*", DASH, *(paper.get(key, DASH) for key in keys), number])
-    parts = [f"### {name}", spec["text"].strip()]
-    parts.append(markdown(["row", "network", *columns, "note"], rows))
-    parts.append("\n".join(f"{number}. {note}" for note, number in notes.items()))
-    parts += [f"† {', '.join(labels)}: {why}" for why, labels in sorted(marks.items())]
-    parts.append(PAPERS["pictures"].get(f"{file} {name}", "").strip())
+    table = markdown(["row", "network", *columns, "note"], rows)
+    notes = "\n".join(f"{number}. {note}" for note, number in notes.items())
+    marks = [f"† {', '.join(labels)}: {why}" for why, labels in sorted(marks.items())]
+    picture = PAPERS["pictures"].get(f"{file} {name}", "").strip()
+    parts = [f"### {name}", spec["text"].strip(), table, notes, *marks, picture]
     return "\n\n".join(filter(None, parts)) if rows else ""
 
 
@@ -150,15 +150,15 @@ def methods(runs):
 
 def page(files):
     """The text of results/README.md from the entries of each file, by its name."""
-    frames = {name: frame(entries) for name, entries in files.items()}
+    frames = {name: frame(entries) for name, entries in files.items() if name != "level"}
     old = pd.concat([runs[runs["last"]].early for runs in frames.values()])
     parts = ["# Results", PAPERS["text"]["head"].format(old=sum(old), total=len(old)).strip()]
-    head, tables = PAPERS["text"]["methods"], [*PAPERS["tables"]][:-1]  # the last is Tried
-    parts += ["## Methods", markdown(head, methods(frames["mnist"]))]
+    parts += ["## Methods", markdown(PAPERS["text"]["methods"], methods(frames["mnist"]))]
     for name, about in PAPERS["files"].items():
         if name in frames:
             parts += [f"## {about['title']}", about["text"].strip()]
-            parts += [section(table, frames[name], file=name) for table in tables]
+            parts += [section(t, frames[name], file=name) for t in [*PAPERS["tables"]][:-1]]
+    parts.append(level.section(files.get("level", [])))
     parts.append(section("Tried", frames["tried"], PAPERS["tried"]))
     return "\n\n".join(filter(None, parts)) + "\n"
 

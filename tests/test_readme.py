@@ -57,7 +57,7 @@ def test_runs_sh_alone_lists_its_commands():
     text = (ROOT / "runs.sh").read_text()
     listed = set(re.findall(r"^  (\w+) ", done.stdout, re.M))
     assert done.returncode == 0
-    assert listed == {"demo", "audit", "test", "mnist", "gpu", "bench", "setup"}
+    assert listed == {"demo", "audit", "test", "mnist", "level", "gpu", "bench", "setup"}
     assert all(f"{name}()" in text or f"{name})" in text for name in listed)
     assert {command[2] for command in COMMANDS if command[0] == "bash"} <= listed
     assert runs_sh("nonsense").returncode == 2

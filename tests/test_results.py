@@ -448,7 +448,8 @@ def test_the_papers_figures_stand_in_their_columns():
 def copied(folder):
     """A copy of results/ and of what it needs, in a folder of its own."""
     (folder / "results").mkdir()
-    for path in [RESULTS / "table.py", RESULTS / "papers.toml", *RESULTS.glob("*.json")]:
+    code = RESULTS / "table.py", RESULTS / "level.py"
+    for path in [*code, RESULTS / "papers.toml", *RESULTS.glob("*.json")]:
         shutil.copy(path, folder / "results")
     shutil.copytree(
         ROOT / "methods", folder / "methods", ignore=shutil.ignore_patterns("__pycache__")

@@ -1,0 +1,110 @@
+"""Level and power of the verdict on networks that had no part in its choice (level.json).
+
+    bash runs.sh level            # train and search them; finished runs are skipped
+    python results/level.py       # draw results/level.png; results/table.py writes the table
+
+The rules were chosen on the MNIST rows with seeds below 100; these networks have other seeds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import fail, saved_figure
+from common.metrics import verdict
+
+HERE = Path(__file__).resolve().parent
+ALPHA, INDEX = 0.05, 2.0
+SCORES = {"p": lambda v: -v["p_value"], "index": lambda v: v["index"]}  # high: suspicious
+SCORES |= {"ratio": lambda v: -v["ratio"]}
+HEAD = ["data", "detector", "networks", "n", "p < .05", "index > 2", "inconclusive"]
+HEAD += [f"AUROC {name}" for name in SCORES]
+TEXT = """## Level and power of the verdict
+
+Networks that had no part in the choice of the rules: other seeds, and the digits. A cell counts
+networks, with the exact 95 % interval of Clopper and Pearson for their share in per cent. On clean
+networks the p-value should stay at 5 %; on backdoored ones a count is of those whose target is
+named, below or above. Inconclusive answers count as not flagged. An AUROC compares the
+conclusive answers on the backdoored networks of a row with those on the clean ones.
+
+![How often clean networks get a p-value below a level](level.png)"""
+
+
+def decisions(entries):
+    """{(data, detector, attack): [(verdict of the stored norms, target or None), ...]}."""
+    groups = {}
+    for entry in entries:
+        metrics = entry["metrics"]
+        if "norms" in metrics:
+            data, _, attack, _ = entry["victim"].rsplit("-", 3)
+            found = metrics.get("found", np.array(metrics.get("asrs", 1)) >= 0.8)
+            found = np.broadcast_to(found, len(metrics["norms"]))
+            answer = verdict(metrics["norms"], found, INDEX, ALPHA), metrics.get("target")
+            groups.setdefault((data, entry["script"], attack), []).append(answer)
+    return groups
+
+
+def share(count, n):
+    """'count (low to high %)': the exact binomial interval of a share, at 95 %."""
+    interval = binomtest(count, n).proportion_ci(0.95, "exact")
+    return f"{count} ({100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
+
+
+def flagged(answers, rule):
+    """How many networks `rule` flags ("p" or "index"); with a target, whose target it names."""
+    names = [v["below"] + v["above"] if rule == "p" else v["flagged_by_index"] for v, _ in answers]
+    return sum(
+        bool(labels) if target is None else target in labels
+        for labels, (_, target) in zip(names, answers)
+    )
+
+
+def auroc(score, clean, attacked):
+    """Probability that a backdoored network scores above a clean one; NaN without both."""
+    values = [[score(v) for v, _ in part if v["conclusive"]] for part in (clean, attacked)]
+    if not all(values):
+        return np.nan
+    labels = np.repeat([0, 1], [len(part) for part in values])
+    return float(roc_auc_score(labels, np.nan_to_num(np.concatenate(values), posinf=1e9)))
+
+
+def section(entries):
+    """The table in Markdown with its text; '' without entries."""
+    groups, rows = decisions(entries), []
+    for (data, detector, attack), answers in sorted(groups.items(), key=lambda g: str(g[0])):
+        clean = groups.get((data, detector, "clean"), [])
+        cells = [share(flagged(answers, rule), len(answers)) for rule in ("p", "index")]
+        unsure = str(sum(not v["conclusive"] for v, _ in answers))
+        found = [auroc(score, clean, answers) for score in SCORES.values()]
+        found = ["–" if attack == "clean" or np.isnan(a) else f"{a:.3f}" for a in found]
+        rows.append([data, detector, attack, str(len(answers)), *cells, unsure, *found])
+    if not rows:
+        return ""
+    lines = [HEAD, ["---"] * len(HEAD), *rows]
+    return "\n\n".join([TEXT, "\n".join(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def draw(path, entries):
+    """The share of clean networks with a p-value below each level; a true one's is the diagonal."""
+    with saved_figure(path, figsize=(5, 4)) as (_, axis):
+        for (data, detector, attack), answers in sorted(decisions(entries).items()):
+            if attack == "clean":
+                p = [v["p_value"] for v, _ in answers if v["conclusive"]]
+                if p:
+                    axis.ecdf(p, label=f"{data}, {detector} ({len(p)})")
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axis.axvline(ALPHA, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="level", ylabel="share of clean networks with p below it")
+        axis.legend()
+
+
+if __name__ == "__main__":
+    if not (HERE / "level.json").exists():
+        fail("no results/level.json; bash runs.sh level makes it")
+    draw(HERE / "level.png", json.loads((HERE / "level.json").read_text()))
+    print(f"wrote {HERE / 'level.png'}")

@@ -1,0 +1,86 @@
+"""results/level.py: intervals, AUROC, whose verdicts count, the table and the picture."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from scipy.stats import beta
+
+from common.metrics import verdict
+from results import level
+
+ORDINARY = [60, 55, 70, 64, 58, 49, 66, 73, 61, 52]
+SMALL, LARGE = [3, *ORDINARY[1:]], [900, *ORDINARY[1:]]
+
+
+def entry(attack, seed, norms, **metrics):
+    """A stored run of nc.py on a network trained on the digits."""
+    metrics |= {"norms": norms} | ({} if attack == "clean" else {"target": 0})
+    return {"victim": f"digits-mnist_cnn-{attack}-s{seed}", "script": "nc", "metrics": metrics}
+
+
+ENTRIES = [
+    *(entry("clean", 100 + k, np.roll(ORDINARY, k).tolist()) for k in range(3)),
+    entry("clean", 103, LARGE),
+    entry("clean", 104, ORDINARY, found=[True] * 4 + [False] * 6),
+    entry("badnets", 100, SMALL),
+    entry("badnets", 101, LARGE),
+    entry("badnets", 102, [60, *SMALL[1:9], 3]),  # another label than the target
+]
+
+
+@pytest.mark.parametrize("count, n, text", [(0, 20, "0 (0 to 17 %)"), (20, 20, "20 (83 to 100 %)")])
+def test_exact_interval(count, n, text):
+    assert level.share(count, n) == text
+
+
+def test_interval_is_that_of_the_beta_quantiles():
+    low, high = 100 * beta.ppf(0.025, 3, 18), 100 * beta.ppf(0.975, 4, 17)
+    assert level.share(3, 20) == f"3 ({low:.0f} to {high:.0f} %)"
+
+
+def test_a_count_is_of_false_alarms_or_of_named_targets():
+    groups = level.decisions(ENTRIES)
+    clean, attacked = (groups["digits", "nc", attack] for attack in ("clean", "badnets"))
+    assert level.flagged(clean, "p") == 1 and level.flagged(clean, "index") == 0
+    assert level.flagged(attacked, "p") == 2  # below and above; the third names another label
+    assert level.flagged(attacked, "index") == 1  # knows no large norm
+    assert [v["conclusive"] for v, _ in clean] == [True] * 4 + [False]
+
+
+def test_auroc_by_hand():
+    """Share of pairs in which the backdoored network is the more suspicious; ties count half."""
+    clean, attacked = ([(verdict(n), None) for n in part] for part in ([ORDINARY, SMALL], [SMALL]))
+    for score in level.SCORES.values():
+        assert level.auroc(score, clean, attacked) == 0.75
+    assert np.isnan(level.auroc(level.SCORES["p"], [], attacked))
+
+
+def test_a_row_of_the_table():
+    lines = level.section(ENTRIES).splitlines()
+    clean, badnets = (next(x for x in lines if f"nc | {a} |" in x) for a in ("clean", "badnets"))
+    cells = [cell.strip() for cell in clean.split("|")[1:-1]]
+    assert cells == ["digits", "nc", "clean", "5", "1 (1 to 72 %)", "0 (0 to 52 %)", "1", *"–––"]
+    assert badnets.split("|")[5].strip() == "2 (9 to 99 %)"
+    assert level.section([]) == "" and "level.png" in level.section(ENTRIES)
+
+
+def test_picture(tmp_path):
+    level.draw(tmp_path / "level.png", ENTRIES)
+    with Image.open(tmp_path / "level.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_bad_input_is_one_line(tmp_path):
+    """Without its file of results."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "level.py", tmp_path / "results")
+    (tmp_path / "common").symlink_to(ROOT / "common")
+    command = [sys.executable, tmp_path / "results" / "level.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no results/level.json")
+    assert len(done.stderr.splitlines()) == 1

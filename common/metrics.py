@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common import fail
 from common.datasets import to_float
 
-LPIPS_NETS = "alex", "vgg", "squeeze", "none"  # backbones; none: no LPIPS
+LPIPS_NETS = "alex", "vgg", "squeeze", "random", "none"  # random: alex, none: no LPIPS
 SMALLEST_NORM = 1e-6  # smaller ones count as this, for 0 has no logarithm
 
 
@@ -75,13 +75,17 @@ def lpips_distance(net, device):
 
     Call it on images in [0,1] through `lpips_of`. Its backbone's ImageNet weights are downloaded
     by torchvision at the first use; where they cannot be had this fails, nothing falls back.
+    'random' is AlexNet with weights drawn from seed 0 under LPIPS's own linear layers: no
+    perceptual distance, but a term of the same form that needs no download.
     """
     import lpips
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")  # lpips passes torchvision's old argument names
-            network = lpips.LPIPS(net=net, verbose=False)
+            torch.manual_seed(0)
+            backbone = {"net": "alex", "pnet_rand": True} if net == "random" else {"net": net}
+            network = lpips.LPIPS(verbose=False, **backbone)
     except (OSError, RuntimeError) as error:
         cure = f"copy them into {torch.hub.get_dir()}/checkpoints or pass --lpips-net none"
         fail(f"the ImageNet weights behind LPIPS ({net}) cannot be downloaded ({error}); {cure}")

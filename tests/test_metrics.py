@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_images
 from scipy.signal import convolve2d
 from torch import nn
 
@@ -323,3 +323,36 @@ def oracle_resize(x, size):
     x = x[:, :, low] * (1 - part)[:, None] + x[:, :, high] * part[:, None]
     x = x[..., low] * (1 - part) + x[..., high] * part
     return np.broadcast_to(x, (len(x), 3, size, size))
+
+
+def test_lpips_with_random_weights(monkeypatch):
+    """Always the same network, without a download; it leaves the caller's random state alone."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    state = torch.get_rng_state()
+    networks = [metrics.lpips_distance("random", torch.device("cpu")) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    a, b = random_images(2, (1, 28, 28)).float()[:, None] / 255
+    first, again = (metrics.lpips_of(network, a, b) for network in networks)
+    assert torch.equal(first, again) and first > 0.01 and metrics.lpips_of(networks[0], a, a) == 0
+    a.requires_grad_()
+    metrics.lpips_of(networks[0], a, b).sum().backward()
+    assert a.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in networks[0].parameters())
+
+
+def test_lpips_takes_the_weights_from_their_file(monkeypatch, tmp_path):
+    """The real path: torchvision finds a file in its cache, here one of other weights."""
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    backbone = squeezenet1_1()
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    name = SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    torch.save(backbone.state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    network = metrics.lpips_distance("squeeze", torch.device("cpu"))
+    held, own = (dict(part.named_parameters()) for part in (network.net, backbone.features))
+    assert len(held) == len(own) > 20
+    assert all(torch.equal(p, q) for p, q in zip(held.values(), own.values()))
+    a, b = random_images(2, (3, 32, 32)).float()[:, None] / 255
+    assert metrics.lpips_of(network, a, b) > 0

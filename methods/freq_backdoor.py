@@ -28,6 +28,7 @@ pass a filter that is not the attacker's.
 Results beside the paper's: results/README.md, table "Attacks".
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def parse_args():
     p = attack_flags(__doc__)
     p.add_argument("--poisons", type=int, help="|I_P| (paper 50 to 1500; default 500 or a tenth)")
     p.add_argument("--no-crops", action="store_true", help="the victim neither crops nor flips")
-    p.add_argument("--k", type=int, default=10, help="bases in the mask M of Eq. (2), top-k")
+    p.add_argument("--k", type=int, help="bases in the mask M of Eq. (2) (10, or what is quiet)")
     modes, text = ["replace", "add"], "F(S)(1 - M) + A or F(S) + A in Eq. (4)-(6)"
     p.add_argument("--mode", default="replace", choices=modes, help=text)
     p.add_argument("--delta-p", type=float, default=0.65, help="mean L2 norm (paper < 1; .45)")
@@ -235,7 +236,7 @@ if __name__ == "__main__":
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]
     bins, bases = (t.to(device) for t in fourier_bases(height, width))
-    if not 1 <= args.k < len(bases):
+    if args.k is not None and not 1 <= args.k < len(bases):
         fail(f"--k {args.k} must lie in 1..{len(bases) - 1} for {height} x {width} images")
     y_wanted, counts = wanted_labels(data, args.target)
     args.poisons = args.poisons or max(1, min(500, len(x_train) // 10))
@@ -244,9 +245,11 @@ if __name__ == "__main__":
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
     recipe |= {"pad": 0 if args.no_crops else spec.pad, "flip": spec.flip and not args.no_crops}
     x_some = to_float(x_train[:2000])  # already in random order
-    quiet = torch.ones(len(bases), dtype=torch.bool)
-    if args.mode == "replace":
-        quiet = energy_of(x_some, bins).cpu() <= (args.delta_p / 2) ** 2 / args.k
+    energy = energy_of(x_some, bins).cpu()
+    most = (args.delta_p / 2) ** 2 if args.mode == "replace" else math.inf
+    sizes = [args.k] if args.k else range(min(10, len(bases) - 1), 0, -1)
+    args.k = next((k for k in sizes if (energy <= most / k).sum() > k), sizes[0])
+    quiet = energy <= most / args.k
     if quiet.sum() <= args.k:  # one more is the least that the control needs
         few = f"{int(quiet.sum())} bases are quiet enough for --delta-p {args.delta_p}"
         fail(f"--mode replace: {few}, --k asks for {args.k} and others as a control")
@@ -263,9 +266,7 @@ if __name__ == "__main__":
     errors = heat_map(clean, x_held, y_held, bases, args.heat_norm).cpu()
     top = most_sensitive(errors, quiet, args.k)
     trigger = calibrated(x_some, bins[top], args.mode, args.delta_p)
-    print(
-        f"heat map: the top {args.k} bases have an error of {100 * errors[top].min():.1f} % or more"
-    )
+    print(f"heat map: errors of {100 * errors[top].min():.1f} % or more at the top {args.k} bases")
 
     # Stage 2: poison the training set, and add filtered copies to it
     autoencoder = None

@@ -612,10 +612,21 @@ def test_each_quiet_base_may_hold_its_share_of_half_the_norm(inline, one_line, m
     energy = fb.energy_of(to_float(drawn(digits, 0, 300)[0]), bins).sort().values
     between = [2 * (10 * energy[n - 1 : n + 1].mean().item()) ** 0.5 for n in (10, 11)]
     monkeypatch.setattr(torch.optim, "SGD", None)
-    message = one_line(inline, "freq_backdoor", *SHORT["freq_backdoor"], "--delta-p", between[0])
+    ten = "--k", 10, "--delta-p", between[0]
+    message = one_line(inline, "freq_backdoor", *SHORT["freq_backdoor"], *ten)
     assert " 10 bases are quiet enough" in message and "--k asks for 10" in message
     with pytest.raises(TypeError, match="not callable"):  # the training that follows
         inline("freq_backdoor", *SHORT["freq_backdoor"], "--delta-p", between[1])
+
+
+def test_default_mask_is_as_large_as_the_quiet_bases_allow(inline, digits):
+    """Ten bases where eleven are quiet enough for ten; else fewer, each with a larger share."""
+    bins, _ = fb.fourier_bases(28, 28)
+    energy = fb.energy_of(to_float(drawn(digits, 0, 300)[0]), bins).sort().values
+    delta = 2 * (9 * energy[3]).sqrt().item()  # four bases are quiet enough for a mask of nine
+    sizes = [k for k in range(1, 11) if (energy <= (delta / 2) ** 2 / k).sum() > k]
+    ran = inline("freq_backdoor", *SHORT["freq_backdoor"], "--delta-p", delta)
+    assert ran["args"].k == max(sizes) < 9 and len(ran["top"]) == max(sizes)
 
 
 def test_names_how_many_images_can_be_poisoned(inline, one_line, digits):

@@ -12,12 +12,16 @@ usage: bash runs.sh COMMAND
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (about 9 minutes on 2 cores; ARGS go to pytest)
-  mnist           every row of the README's tables (hours on 2 cores; finished runs are skipped)
+  mnist           every row of the README's tables (hours on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
+
+mnist, level and gpu take --list (print their commands and stop) and --jobs N (so many runs at a
+time; default: one run of one thread a core, on a GPU one run). Finished runs are skipped, a failed
+one is named at the end, and the same command makes it again.
 
 The first use makes .venv, unless an environment is active, and installs requirements.txt.
 TEXT
@@ -48,9 +52,46 @@ run() {
   fi
 }
 
-# once FOLDER METHOD ARGS...: run unless FOLDER holds a result
-once() {
-  if [ -f "$1/result.json" ]; then echo "== done: $1"; else run "${@:2}"; fi
+# once FOLDER METHOD ARGS...: a line of a group's list; FOLDER is where the run writes its result
+once() { echo "$1 python methods/$2.py ${*:3}"; }
+
+# staged: the lines of a list after their stage: 1 clean networks, 2 attacks, 3 defences
+staged() {
+  awk '{ print / --ckpt / ? 3 : /methods\/clean.py/ ? 1 : 2, $0 }' | sort -s -n -k 1,1
+}
+
+# job STAGE FOLDER COMMAND...: run it unless FOLDER holds a result; its output goes to a log
+job() {
+  local log victim
+  log="runs/logs/$(echo "${2#runs/}" | tr / -).log"
+  victim=$(sed -n 's/.* --ckpt \([^ ]*\).*/\1/p' <<<"$*")
+  if [ -f "$2/result.json" ]; then
+    echo "== done: $2"
+  elif [ -n "$victim" ] && [ ! -f "$victim/result.json" ]; then
+    echo "== left out without its victim: $2"
+  elif "${@:3}" >"$log" 2>&1; then
+    echo "== made: $2"
+  else
+    echo "${*:3}; its log: $log" >>runs/logs/failed
+    echo "== failed: $2" >&2
+  fi
+}
+export -f job
+
+# group LIST JOBS: all jobs of a list, so many at a time; stops the script at the end if one failed
+group() {
+  local stage one=1
+  nvidia-smi >/dev/null 2>&1 || one=$(getconf _NPROCESSORS_ONLN)
+  if [ "${2:-$one}" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
+  rm -f runs/logs/failed
+  for stage in 1 2 3; do
+    awk -v stage=$stage '$1 == stage' <<<"$1" | xargs -P "${2:-$one}" -L 1 bash -c 'job "$@"' _
+  done
+  if [ -f runs/logs/failed ]; then
+    echo "failed:" >&2
+    cat runs/logs/failed >&2
+    exit 1
+  fi
 }
 
 # victims ATTACK DATASET ARCH SEEDS...
@@ -131,9 +172,12 @@ mnist() {
         --ascent bounded --out "$r-$v-s$s/abl_bounded-s$s"
     done
   done
-  python results/table.py runs/mnist-* --save mnist
   variant cifar10 mnist_cnn-freq_backdoor freq_backdoor --arch mnist_cnn --train-images 10000 \
     --epochs 20 --delta-p 0.95 --no-crops --mode replace --k 4
+}
+
+mnist_tables() {
+  python results/table.py runs/mnist-* --save mnist
   python results/table.py runs/cifar10-mnist_cnn-* --save cifar10_subset
 }
 
@@ -163,22 +207,31 @@ gpu() {
         [ "$attack" = clean ] || row strip "$r-$attack-s$s" "$s"
       done
     done
-    python results/table.py "$r"-* "runs/$dataset-resnet18"-* --save "$dataset"
+  done
+}
+
+gpu_tables() {
+  local dataset
+  for dataset in cifar10 gtsrb; do
+    python results/table.py "runs/$dataset-"{preact_resnet18,resnet18}-* --save "$dataset"
   done
 }
 
 # the verdict on networks that had no part in its choice; see results/level.py
 level() {
-  local dataset v s
+  local dataset attack s
   for dataset in "${@:-digits}"; do
-    victims clean "$dataset" mnist_cnn $(seq 100 119)
-    victims badnets "$dataset" mnist_cnn $(seq 100 109)
-    for v in "runs/$dataset"-mnist_cnn-{clean,badnets}-s1[01]?; do
-      s=${v##*-s}
-      row nc "$v" "$s"
-      row generator_reverse "$v" "$s" --lpips-net none
+    for attack in clean badnets; do
+      for s in $(seq 100 $([ $attack = clean ] && echo 119 || echo 109)); do
+        victims $attack "$dataset" mnist_cnn "$s"
+        row nc "runs/$dataset-mnist_cnn-$attack-s$s" "$s"
+        row generator_reverse "runs/$dataset-mnist_cnn-$attack-s$s" "$s" --lpips-net none
+      done
     done
   done
+}
+
+level_tables() {
   python results/table.py runs/*-s1[01]? --save level
   python results/level.py
 }
@@ -194,9 +247,33 @@ bench() {
 }
 
 case "${1:-}" in
-  demo | mnist | level | gpu | bench)
+  demo | bench)
     setup
     "$@"
+    ;;
+  mnist | level | gpu)
+    name=$1 args=() jobs='' list=''
+    shift
+    while [ $# -gt 0 ]; do
+      case "$1" in
+        --list) list=yes ;;
+        --jobs)
+          jobs=${2:-none}
+          [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: --jobs $jobs is not a number" >&2; exit 2; }
+          shift
+          ;;
+        *) args+=("$1") ;;
+      esac
+      shift
+    done
+    lines=$("$name" "${args[@]}" | staged)
+    if [ "$list" ]; then
+      cut -d ' ' -f 3- <<<"$lines"
+      exit
+    fi
+    setup
+    group "$lines" "$jobs"
+    "${name}_tables"
     ;;
   setup) setup ;;
   audit)

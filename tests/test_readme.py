@@ -4,11 +4,14 @@ import os
 import re
 import shlex
 import subprocess
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, run_here, write_npz
+from conftest import ROOT, SHORT, files_below, run_here, write_npz
 
+from common.datasets import SPECS
 from common.models import build_model
 
 README = (ROOT / "README.md").read_text()
@@ -61,6 +64,87 @@ def test_runs_sh_alone_lists_its_commands():
     assert all(f"{name}()" in text or f"{name})" in text for name in listed)
     assert {command[2] for command in COMMANDS if command[0] == "bash"} <= listed
     assert runs_sh("nonsense").returncode == 2
+
+
+def made_by(command):
+    """The folder into which a line of --list writes."""
+    flags = dict(pairwise(command))
+    if "--out" in flags:
+        return flags["--out"]
+    name = Path(command[1]).stem
+    if "--ckpt" in flags:
+        return f"{flags['--ckpt']}/{name}-s{flags['--seed']}"
+    arch = flags.get("--arch", SPECS[flags["--dataset"]].arch)
+    return f"runs/{flags['--dataset']}-{arch}-{name}-s{flags['--seed']}"
+
+
+@pytest.mark.parametrize("group", ["mnist", "level", "gpu"])
+def test_groups_list_victims_before_their_defences(group, tmp_path):
+    """Whole commands of scripts that exist, each into a folder of its own; nothing is run."""
+    (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
+    done = runs_sh(group, "--list", cwd=tmp_path)
+    commands = [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(commands) > 60
+    assert files_below(tmp_path) == ["runs.sh"]
+    made = []
+    for command in commands:
+        assert command[0] == "python" and (ROOT / command[1]).exists()
+        victim = dict(pairwise(command)).get("--ckpt")
+        assert victim is None or victim in made
+        made.append(made_by(command))
+    assert len(set(made)) == len(made)
+
+
+STAND_IN = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in
+  *badnets.py*"--seed 100") exit 2 ;;
+  *methods*--ckpt*) echo "threads $OMP_NUM_THREADS" ;;
+  *methods/clean.py*|*methods/badnets.py*)
+    script=${1#methods/} folder=runs/$3-mnist_cnn-${script%.py}-s$5
+    mkdir -p "$folder" && echo "{}" > "$folder/result.json" ;;
+esac
+"""
+
+
+def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
+    """Finished runs are skipped; a failed one is named at the end, and no table is written."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "python"
+    stub.write_text(STAND_IN)
+    stub.chmod(0o755)
+    (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
+    (tmp_path / "runs" / "digits-mnist_cnn-clean-s107").mkdir(parents=True)
+    (tmp_path / "runs" / "digits-mnist_cnn-clean-s107" / "result.json").write_text("{}")
+    settings = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "here"}
+    done = runs_sh("level", "--jobs", "3", cwd=tmp_path, **settings)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    ran = [call for call in calls if call.startswith("methods/")]
+    assert done.returncode == 1 and len(ran) == 19 + 10 + 2 * 29 == len(set(ran))
+    assert "done: runs/digits-mnist_cnn-clean-s107" in done.stdout
+    assert not any("clean.py" in call and call.endswith("107") for call in ran)
+    assert done.stdout.count("left out without its victim") == 2
+    (line,) = (line for line in done.stderr.splitlines() if "its log: " in line)
+    assert line.startswith("python methods/badnets.py --dataset digits --seed 100")
+    assert (tmp_path / line.split("its log: ")[1]).exists()
+    assert not any("table.py" in call for call in calls)
+    log = tmp_path / "runs" / "logs" / "digits-mnist_cnn-clean-s100-nc-s100.log"
+    assert log.read_text() == "threads 1\n"
+
+    stub.write_text(STAND_IN.replace("exit 2", "exit 0"))
+    (tmp_path / "calls").unlink()
+    assert runs_sh("level", cwd=tmp_path, **settings).returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call for call in calls if "--ckpt" not in call and "methods" in call] == [
+        "methods/badnets.py --dataset digits --seed 100"
+    ]
+    assert calls[-1] == "results/level.py"
+
+
+@pytest.mark.parametrize("count", ["0", "two", "", "-1"])
+def test_jobs_that_are_no_number(count):
+    done = runs_sh("level", "--jobs", count)
+    assert done.returncode == 2 and done.stderr.startswith("error: --jobs ")
 
 
 def test_a_failing_venv_stops_the_set_up(tmp_path):

@@ -227,11 +227,14 @@ def test_a_constant_answer_is_chance_even_on_unequal_classes(one_line):
 
 @pytest.mark.parametrize("name", [*DEFENCES, "abl"])
 def test_wrong_normalisation_is_refused(inline, one_line, tmp_path, name, digits_badnets):
-    """Before any search; it used to be "backdoored, index 28.6" for a clean model."""
+    """Before any search; it used to be "backdoored, index 28.6" for a clean model.
+
+    A std this large leaves the images without contrast, so that any network answers by chance.
+    """
     model = loaded(digits_badnets).model
     torch.save(model.net.state_dict(), tmp_path / "suspect.pt")
     flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
-    wrong = "--mean", 0.9, "--std", 0.02
+    wrong = "--mean", 0.5, "--std", 1000
     if name == "abl":
         (tmp_path / "suspect").mkdir()
         shutil.copy(digits_badnets / "poisoned_train.npz", tmp_path / "suspect")

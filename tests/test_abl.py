@@ -18,6 +18,7 @@ from common.metrics import accuracy
 from methods import abl
 
 KINDS, GRANULARITIES = ("lga", "flooding"), ("batch", "sample")
+FEW = 160  # training images of the runs that compare weights
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -402,9 +403,9 @@ def victim(tmp_path, digits_badnets):
 
 @pytest.fixture
 def few(victim, digits_badnets):
-    """The victim with 300 of its training images, and with its poisoned test images."""
+    """The victim with FEW of its training images, and with its poisoned test images."""
     shutil.copy(digits_badnets / "poisoned_test.npz", victim)
-    parts = dict.fromkeys(("x", "y_given", "poisoned"), lambda values: values[:300])
+    parts = dict.fromkeys(("x", "y_given", "poisoned"), lambda values: values[:FEW])
     replaced(**parts)(victim / "poisoned_train.npz")
     return victim
 
@@ -535,7 +536,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds(inline, digits_badnets, tmp_path, seed):
-    flags = "--isolation-epochs", 6, "--epochs", 6, "--unlearn-steps", 50, "--isolation", 0.1
+    flags = "--isolation-epochs", 5, "--epochs", 4, "--unlearn-steps", 30, "--isolation", 0.1
     flags = *flags, "--ascent", "bounded"
     _, metrics = repaired_by(inline, digits_badnets, tmp_path, *flags, "--seed", seed)
     assert metrics["isolation_precision"] >= 80 and metrics["asr"] >= 98
@@ -544,7 +545,7 @@ def test_other_seeds(inline, digits_badnets, tmp_path, seed):
 
 def test_cost_on_clean_data(inline, digits, digits_clean, tmp_path, capfd):
     """Without poison the isolated images are clean ones, and to forget them costs accuracy."""
-    epochs = "--isolation-epochs", 6, "--epochs", 6, "--unlearn-steps", 50
+    epochs = "--isolation-epochs", 3, "--epochs", 5, "--unlearn-steps", 30
     flags = "--train-set", "clean", "--ascent", "bounded", *epochs
     model, metrics = repaired_by(inline, digits_clean, tmp_path / "out", *flags)
     assert "ASR cannot be measured" in capfd.readouterr().out
@@ -569,7 +570,7 @@ def test_defaults_are_the_papers_objective(inline, few, tmp_path):
     model, _ = repaired_by(inline, few, tmp_path / "default", *flags)
     arguments = result_of(tmp_path / "default")["arguments"]
     assert (arguments["ascent"], arguments["unlearn_lr"]) == ("joint", 5e-4)
-    steps = 5 * math.ceil(round(0.05 * 300) / 32)
+    steps = 5 * math.ceil(round(0.05 * FEW) / 32)
     flags = *flags, "--unlearn-lr", 5e-4, "--unlearn-steps", steps, "--ascent"
     joint, isolated, bounded = (
         repaired_by(inline, few, tmp_path / kind, *flags, kind)[0] for kind in abl.RATES
@@ -582,7 +583,7 @@ def test_same_seed_same_model(inline, few, tmp_path):
     """Both kinds of loss are one method to the last bit; granularity and seed are not."""
 
     def run(name, *flags):
-        flags = *SHORT["abl"], "--batch-size", 16, "--gamma", 1.5, *flags
+        flags = *SHORT["abl"], "--batch-size", 16, "--gamma", 2.5, *flags
         return repaired_by(inline, few, tmp_path / name, *flags)
 
     model, metrics = run("first")
@@ -604,7 +605,7 @@ def test_several_rates_and_what_the_defender_does_not_see(inline, few, tmp_path,
     expected |= {f"isolated_{kind}_0.2" for kind in ("loss_trained", "loss_repaired")}
     expected |= {"isolation_precision_0.2", "isolated_0.2", "isolated_label_share_0.2"}
     assert metrics.keys() - alone.keys() == expected
-    assert (metrics["isolated"], metrics["isolated_0.2"]) == (round(0.05 * 300), round(0.2 * 300))
+    assert (metrics["isolated"], metrics["isolated_0.2"]) == (round(0.05 * FEW), round(0.2 * FEW))
 
     replaced(poisoned=lambda p: p & False)(few / "poisoned_train.npz")
     (few / "poisoned_test.npz").unlink()

@@ -17,7 +17,8 @@ from common.models import ARCHITECTURES, build_model
 from methods import fine_pruning as fp
 
 CPU = torch.device("cpu")
-LARGE = "wide_resnet34", "densenet121", "resnet34"  # smaller images will do
+SIDES = dict.fromkeys(("densenet121", "preact_resnet18", "resnet18", "resnet34"), 16)
+SIDES["wide_resnet34"] = 8  # smaller images will do for large networks
 CASES = [(arch, layer.name) for arch, layers in fp.LAYERS.items() for layer in layers]
 
 
@@ -29,7 +30,7 @@ def layer_of(arch, name):
 def random_model(arch):
     """A network with arbitrary weights and BatchNorm statistics, and twelve images for it."""
     torch.manual_seed(0)
-    side = 16 if arch in LARGE else 32
+    side = SIDES.get(arch, 32)
     shape = (1, 28, 28) if "mnist" in arch else (3, side, side)
     model = build_model(arch, 5, shape, (0.5,) * shape[0], (0.5,) * shape[0])
     for module in model.modules():

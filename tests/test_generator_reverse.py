@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, loaded, random_images, result_of, run_here
+from conftest import SHORT, loaded, random_images, result_of, run_here, write_npz
 from planted import CLASSES, SIDE, TARGET, Planted, frozen, images, index_of
 from scipy.optimize import minimize
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from common.checkpoint import read_checkpoint
 from common.datasets import to_float, to_uint8
 from common.metrics import accuracy, case_of, verdict
-from common.models import UNet
+from common.models import UNet, build_model
 from methods import generator_reverse as gr
 
 ALL = list(range(CLASSES))
@@ -491,11 +491,14 @@ def test_saved_generator_is_the_reversed_trigger(run, digits_wanet, digits):
     assert change == pytest.approx(result_of(out)["metrics"]["norms"][0], rel=0.1)
 
 
-def test_search_of_lambda1_through_the_command_line(inline, unread, tmp_path, untrained):
+def test_search_of_lambda1_through_the_command_line(inline, unread, tmp_path):
     """The untrained model always says one label: that one needs no attack, the others any."""
+    torch.manual_seed(0)
+    untrained = build_model("mnist_cnn", 5, (1, 16, 16), (0.5,), (0.5,))
     torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
-    flags = ["--arch", "mnist_cnn", "--dataset", "digits", "--search-lambda1", "--asr-goal", 1]
-    flags += ["--threshold", 100, "--width", 4, "--data-fraction", 0.05, "--labels-at-once", 10]
+    data = write_npz(tmp_path / "own.npz", (16, 16), 5, 60)
+    flags = ["--arch", "mnist_cnn", "--dataset", data, "--search-lambda1", "--asr-goal", 1]
+    flags += ["--threshold", 100, "--data-fraction", 0.5, "--mean", 0.5, "--std", 0.5]
     ran = inline("generator_reverse", "--ckpt", "suspect.pt", *flags, *SHORT["generator_reverse"])
     always = np.array(ran["metrics"]["asrs"]) == 1
     assert always.sum() == 1

@@ -19,9 +19,10 @@ usage: bash runs.sh COMMAND
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
-mnist, level and gpu take --list (print their commands and stop) and --jobs N (so many runs at a
-time; default: one run of one thread a core, on a GPU one run). Finished runs are skipped, a failed
-one is named at the end, and the same command makes it again.
+mnist, level and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
+default: one run of one thread a core, on a GPU one run) and --slurm (submit them as job arrays;
+sbatch's own SBATCH_ variables choose the partition, the time, GPUs, ...). Finished runs are skipped,
+a failed one is named at the end, and the same command makes it again.
 
 The first use makes .venv, unless an environment is active, and installs requirements.txt.
 TEXT
@@ -78,6 +79,15 @@ job() {
 }
 export -f job
 
+# report: what failed, and a failure
+report() {
+  if [ -f runs/logs/failed ]; then
+    echo "failed:" >&2
+    cat runs/logs/failed >&2
+    exit 1
+  fi
+}
+
 # group LIST JOBS: all jobs of a list, so many at a time; stops the script at the end if one failed
 group() {
   local stage one=1
@@ -87,11 +97,38 @@ group() {
   for stage in 1 2 3; do
     awk -v stage=$stage '$1 == stage' <<<"$1" | xargs -P "${2:-$one}" -L 1 bash -c 'job "$@"' _
   done
-  if [ -f runs/logs/failed ]; then
-    echo "failed:" >&2
-    cat runs/logs/failed >&2
-    exit 1
-  fi
+  report
+}
+
+# submit NAME LIST JOBS: a Slurm job array a stage, each after the one before, then the tables
+submit() {
+  local stage lines count id after=()
+  rm -f runs/logs/failed
+  for stage in 1 2 3; do
+    lines=runs/logs/slurm-$1-$stage.list
+    awk -v stage=$stage '$1 == stage' <<<"$2" >"$lines"
+    count=$(wc -l <"$lines")
+    if [ "$count" -eq 0 ]; then continue; fi
+    id=$(sbatch --parsable --array="1-$count${3:+%$3}" "${after[@]}" --job-name="$1-$stage" \
+      --output="runs/logs/slurm-%x-%a.log" <<TASK
+#!/usr/bin/env bash
+export OMP_NUM_THREADS=\${SLURM_CPUS_PER_TASK:-1}
+$(declare -f job)
+job \$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $lines)
+TASK
+    )
+    after=(--dependency="afterany:${id%%;*}")
+    echo "== submitted: job array ${id%%;*}, the $count runs of $lines"
+  done
+  id=$(sbatch --parsable "${after[@]}" --job-name="$1-tables" --output="runs/logs/slurm-%x.log" <<TASK
+#!/usr/bin/env bash
+set -e
+$(declare -f report "$1_tables")
+report
+$1_tables
+TASK
+  )
+  echo "== submitted: job ${id%%;*}, failed runs or else the tables: runs/logs/slurm-$1-tables.log"
 }
 
 # victims ATTACK DATASET ARCH SEEDS...
@@ -252,11 +289,12 @@ case "${1:-}" in
     "$@"
     ;;
   mnist | level | gpu)
-    name=$1 args=() jobs='' list=''
+    name=$1 args=() jobs='' list='' slurm=''
     shift
     while [ $# -gt 0 ]; do
       case "$1" in
         --list) list=yes ;;
+        --slurm) slurm=yes ;;
         --jobs)
           jobs=${2:-none}
           [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: --jobs $jobs is not a number" >&2; exit 2; }
@@ -271,7 +309,15 @@ case "${1:-}" in
       cut -d ' ' -f 3- <<<"$lines"
       exit
     fi
+    if [ "$slurm" ] && ! command -v sbatch >/dev/null; then
+      echo "error: --slurm needs Slurm's sbatch" >&2
+      exit 2
+    fi
     setup
+    if [ "$slurm" ]; then
+      submit "$name" "$lines" "$jobs"
+      exit
+    fi
     group "$lines" "$jobs"
     "${name}_tables"
     ;;

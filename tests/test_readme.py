@@ -1,9 +1,13 @@
 """The README's commands and runs.sh do what they say."""
 
+import getpass
 import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,6 +143,106 @@ def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
         "methods/badnets.py --dataset digits --seed 100"
     ]
     assert calls[-1] == "results/level.py"
+
+
+SLURM = """ClusterName=one
+SlurmctldHost={host}(127.0.0.1)
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cores}
+PartitionName=all Nodes=ALL Default=YES
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+ProctrackType=proctrack/linuxproc
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=defer,batch_sched_delay=0,sched_interval=1
+MpiDefault=none
+SwitchType=switch/none
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    """Slurm's controller and one node, this machine; the environment of its commands."""
+    if not all(map(shutil.which, ("sbatch", "slurmctld", "slurmd"))):
+        pytest.skip("needs Slurm (Debian: slurm-wlm)")
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    with socket.socket() as a, socket.socket() as b:
+        for free in (a, b):
+            free.bind(("127.0.0.1", 0))
+        ports = a.getsockname()[1], b.getsockname()[1]
+    names = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser()}
+    settings = SLURM.format(folder=folder, ports=ports, cores=os.cpu_count(), **names)
+    (folder / "slurm.conf").write_text(settings)
+    environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+    daemons = [
+        subprocess.Popen([name, "-D"], env=os.environ | environment, stderr=subprocess.DEVNULL)
+        for name in ("slurmctld", "slurmd")
+    ]
+    yield environment
+    for daemon in daemons:
+        daemon.terminate()
+        daemon.wait(30)
+
+
+def test_a_group_as_job_arrays_of_slurm(tmp_path, slurm):
+    """On a real Slurm: victims come first, a failed run is named, the same command makes it."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "python"
+    stub.write_text(STAND_IN)
+    stub.chmod(0o755)
+    (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    settings = slurm | {"PATH": path, "VIRTUAL_ENV": "here"}
+
+    def submitted():
+        done = runs_sh("level", "--slurm", "--jobs", "9", cwd=tmp_path, **settings)
+        assert done.returncode == 0, done.stderr
+        arrays = re.findall(r"array \d+, the (\d+) runs", done.stdout)
+        queue = "squeue", "--noheader", "--states=all", "--format=%T"
+        for _ in range(600):
+            states = subprocess.check_output(queue, env=os.environ | settings, text=True).split()
+            if {*states} <= {"COMPLETED", "FAILED"}:
+                break
+            time.sleep(0.1)
+        log = (tmp_path / "runs" / "logs" / "slurm-level-tables.log").read_text()
+        calls = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").unlink()
+        return arrays, states, log, calls
+
+    arrays, states, log, calls = submitted()
+    assert arrays == ["20", "10", "60"] and states.count("FAILED") == 1  # that job alone
+    ran = [call for call in calls if call.startswith("methods/")]
+    assert len(ran) == 20 + 10 + 2 * 29 == len(set(ran))
+    assert ["--ckpt" in call for call in ran] == [False] * 30 + [True] * 58
+    assert log.startswith("failed:\npython methods/badnets.py --dataset digits --seed 100; its log")
+    assert not any("table.py" in call for call in calls)
+
+    stub.write_text(STAND_IN.replace("exit 2", "exit 0"))
+    _, states, log, calls = submitted()
+    made = [call for call in calls if "--ckpt" not in call and "methods" in call]
+    assert made == ["methods/badnets.py --dataset digits --seed 100"]
+    assert log == "" and calls[-1] == "results/level.py" and states.count("FAILED") == 1
+
+
+def test_slurm_where_there_is_none(tmp_path):
+    (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
+    for tool in ("bash", "dirname", "awk", "sort", "seq"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done = runs_sh("level", "--slurm", cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr == "error: --slurm needs Slurm's sbatch\n"
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("count", ["0", "two", "", "-1"])

@@ -172,6 +172,49 @@ class WRN16(nn.Module):
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
+class Airbench(nn.Module):
+    """The CIFAR network of cifar10-airbench (Jordan 2024, airbench94): fast to train on any device.
+
+    Its first layer whitens the 2 x 2 patches: eigenvectors of their covariance over the root of
+    the eigenvalues, and their negatives. The first training batch sets these weights for good.
+    """
+
+    def __init__(self, classes, channels, height, width):
+        super().__init__()
+        if min(height, width) < 9:
+            fail(f"airbench needs images of 9 x 9 or more; these are {height} x {width}")
+        self.whiten = nn.Conv2d(channels, 8 * channels, 2)
+        self.whiten.weight.requires_grad_(False)
+        self.register_buffer("whitened", torch.tensor(False))
+        for number, (inputs, outputs) in enumerate(
+            ((8 * channels, 64), (64, 256), (256, 256)), start=1
+        ):
+            conv1 = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+            conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+            for conv in (conv1, conv2):  # the first filters pass their input on
+                nn.init.dirac_(conv.weight.data[: conv.in_channels])
+            first = conv1, nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.GELU()
+            group = nn.Sequential(*first, conv2, nn.BatchNorm2d(outputs), nn.GELU())
+            self.add_module(f"group{number}", group)
+        self.linear = nn.Linear(256, classes, bias=False)
+
+    @torch.no_grad()
+    def fit_whitening(self, x):
+        """Set the first layer's weights from images, B x C x H x W."""
+        with torch.autocast(x.device.type, enabled=False):
+            patches = F.unfold(x.float(), 2).transpose(1, 2).flatten(0, 1)  # B (H-1) (W-1) x 4 C
+            values, vectors = torch.linalg.eigh(patches.T.cov())
+            filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(-1, x.shape[1], 2, 2)
+        self.whiten.weight.copy_(torch.cat((filters, -filters)))
+        self.whitened.fill_(True)
+
+    def forward(self, x):
+        if self.training and not self.whitened:
+            self.fit_whitening(x)
+        x = self.group3(self.group2(self.group1(F.gelu(self.whiten(x)))))  # B x 256 x H/8 x W/8
+        return self.linear(x.amax((2, 3)) / 9)
+
+
 class GTSRBNet(nn.Module):
     """Neural Cleanse's GTSRB network: six convolutions, the second of each pair without padding."""
 
@@ -315,6 +358,7 @@ ARCHITECTURES = {
     "resnet34": residual(BasicBlock, 64, FOUR, (3, 4, 6, 3), "first"),
     "wrn16_1": WRN16,
     "nc_gtsrb_cnn": GTSRBNet,
+    "airbench": Airbench,
     "wide_resnet34": residual(PreActBlock, 16, (160, 320, 640), (5, 5, 5), "last"),  # WRN-34-10
     "densenet121": densenet121,
     "vgg16": partial(VGG, depths=(2, 2, 3, 3, 3)),

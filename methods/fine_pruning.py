@@ -98,6 +98,7 @@ LAYERS = {
         Layer("linear1", True, "linear2"),
         Layer("features", False, "linear1", above="linear2"),  # its last ReLU is inside
     ],
+    "airbench": [Layer("group3", False, "linear")],  # its largest value; its last GELU is inside
     "wide_resnet34": [Layer("bn1", True, "linear")],  # pooled
     "densenet121": [Layer("features", True, "classifier")],  # pooled
     "vgg16": [Layer("features", False, "classifier")],  # pooled; its last ReLU is inside
@@ -142,7 +143,7 @@ def curve_logits(features, weight, bias, order):
     f = features.view(n, c, -1)[:, order].transpose(0, 1)  # C x N x P
     w = weight.view(len(weight), c, -1)[:, order].permute(1, 2, 0)  # C x P x O
     gone = torch.bmm(f.double(), w.double()).cumsum_(0)  # row k: the order's first k + 1 channels
-    whole = gone[-1] + bias
+    whole = gone[-1] if bias is None else gone[-1] + bias
     left = torch.empty(c + 1, n, len(weight), device=f.device)
     left[0] = whole
     torch.sub(whole, gone, out=left[1:])

@@ -59,6 +59,8 @@ def penultimate_by_hand(model, arch, layer, x):
         return F.relu(net.bn1(net.layer3(net.layer2(net.layer1(net.conv1(x))))))
     if arch == "wrn16_1":
         return F.relu(net.bn1(net.block3(net.block2(net.block1(net.conv1(x))))))
+    if arch == "airbench":
+        return net.group3(net.group2(net.group1(F.gelu(net.whiten(x)))))
     if arch == "nc_gtsrb_cnn":
         a = net.features(x)
         return a if layer == "features" else F.relu(net.linear1(a.flatten(1)))
@@ -95,11 +97,13 @@ def test_scores_and_features(arch, layer):
         expected = F.max_pool2d(a, 2).flatten(1)
     elif arch in ("mnist_cnn", "nc_gtsrb_cnn") or a.dim() == 2:
         expected = a.flatten(1)
+    elif arch == "airbench":
+        expected = a.amax((2, 3)) / 9
     else:
         expected = a.mean((2, 3))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    signed = layer == "layer4" and arch in ("mnist_cnn", "preact_resnet18")
+    signed = (layer == "layer4" and arch in ("mnist_cnn", "preact_resnet18")) or arch == "airbench"
     assert (a < 0).any().item() == signed
 
 

@@ -32,6 +32,8 @@ def build(arch, classes=10, shape=RGB):
         ("vgg16", RGB, 10, 14_728_266),
         ("vgg19", RGB, 10, 20_040_522),
         ("mobilenet_v2", RGB, 10, 2_296_922),
+        # whitening 312; convolutions 50,688 + 737,280 + 1,179,648; BatchNorm 2,304; linear 2,560
+        ("airbench", RGB, 10, 1_972_792),
     ],
 )
 def test_parameter_counts(arch, shape, classes, count):
@@ -182,6 +184,53 @@ def test_densenet121_forward():
     x = F.relu(batch_norm(x, state, "norm5")).mean((2, 3))
     logits = x @ state["classifier.weight"].T + state["classifier.bias"]
     torch.testing.assert_close(model(image), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_airbench_forward():
+    """The convolution before the pooling, GELU (not its tanh form), one maximum, a ninth."""
+    model = shaken(build("airbench"))
+    state = model.net.state_dict()
+    image = torch.rand(2, *RGB)
+    y = F.conv2d((image - 0.5) / 0.5, state["whiten.weight"], state["whiten.bias"])
+    x = 0.5 * y * (1 + torch.erf(y / 2**0.5))
+    for side, at in ((15, "group1"), (7, "group2"), (3, "group3")):
+        x = F.max_pool2d(F.conv2d(x, state[f"{at}.0.weight"], padding=1), 2)
+        x = F.gelu(batch_norm(x, state, f"{at}.2"))
+        x = F.gelu(batch_norm(F.conv2d(x, state[f"{at}.4.weight"], padding=1), state, f"{at}.5"))
+        assert x.shape[2:] == (side, side)
+    expected = F.max_pool2d(x, 3).flatten(1) @ state["linear.weight"].T / 9
+    torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [RGB, (1, 28, 28)], ids=str)
+def test_airbench_whitens_its_first_training_batch(shape):
+    """Outputs of unit variance without correlations, and their negatives; set once."""
+    model = build("airbench", shape=shape)
+    rng = np.random.default_rng(0)
+    x = np.cumsum(rng.normal(0, 0.1, (40, *shape)), 3)  # neighbours correlate
+    x = torch.from_numpy(x).float()
+    before = model.net.whiten.weight.clone()
+    model.eval()(x)
+    assert torch.equal(model.net.whiten.weight, before) and not model.net.whitened
+    model.train()(x)
+    weight = model.net.whiten.weight.clone()
+    half = 4 * shape[0]
+    assert torch.equal(weight[:half], -weight[half:]) and not model.net.whiten.weight.requires_grad
+    z = F.conv2d((x - 0.5) / 0.5, weight[:half]).transpose(0, 1).flatten(1).double().numpy()
+    covariance = np.cov(z)
+    patches = np.lib.stride_tricks.sliding_window_view((x.numpy() - 0.5) / 0.5, (2, 2), (2, 3))
+    patches = patches.transpose(0, 2, 3, 1, 4, 5).reshape(-1, half)
+    values = np.sort(np.linalg.eigvalsh(np.cov(patches.T)))[::-1]
+    np.testing.assert_allclose(covariance, np.diag(values / (values + 5e-4)), atol=2e-3)
+    model(x + rng.random())
+    assert torch.equal(model.net.whiten.weight, weight) and model.net.whitened
+
+
+def test_airbench_starts_with_filters_that_pass_their_input_on():
+    model = build("airbench")
+    x = torch.rand(2, 24, 8, 8)
+    torch.testing.assert_close(model.net.group1[0](x)[:, :24], x)
+    assert (model.net.group1[0](x)[:, 24:] != 0).all()
 
 
 def test_mnist_conv5_forward():

@@ -75,6 +75,18 @@ def choose_poisons(y, target, classes, count, flag, generator):
     return candidates[order[:count]].to(y.device)
 
 
+def choose_in_class(y, target, rate, generator):
+    """Clean label: indices (on y's device) of the share `rate` of the images of class `target`."""
+    members = (y == target).cpu().nonzero().flatten()
+    count = round(rate * len(members))
+    if count < 1:
+        fail(f"--rate {rate} of the {len(members)} images of class {target} is no image to poison")
+    order = torch.randperm(len(members), generator=generator)
+    share = f"{100 * count / len(y):.2f} % of {len(y)} training images"
+    print(f"poisoned {count} of {len(members)} images of class {target} ({share})")
+    return members[order[:count]].to(y.device)
+
+
 def open_folder(args, data, script):
     """Make the output folder; returns it and the clean control model beside it, or None."""
     name = f"{Path(data.name).stem}-{args.arch}-{Path(script).stem}-s{args.seed}"

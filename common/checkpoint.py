@@ -24,7 +24,8 @@ from common.datasets import Dataset, check_split, load_dataset, read_npz, to_flo
 from common.models import Classifier, build_model
 
 FORMAT = 1
-POISON_DATA = ("badnets", "blend", "freq_backdoor")  # the attacks that write poisoned_train.npz
+# the attacks that write poisoned_train.npz
+POISON_DATA = ("badnets", "blend", "freq_backdoor", "sig")
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")
@@ -192,19 +193,23 @@ def check_fit(checkpoint, path, data):
         fail(f"{path} was trained on {classes} classes of {shape} images; {ours}")
 
 
+def load_clean(path, data, arch=None, cure=""):
+    """A model of `clean.py`'s kind from a folder or a model.pt, trained on `data`; else fail."""
+    path = Path(path)
+    path = path / "model.pt" if path.is_dir() else path
+    checkpoint = read_checkpoint(path)
+    model = load_model(checkpoint, path, data.x_train.device, arch)
+    check_fit(checkpoint, path, data)
+    if checkpoint["dataset"] != data.name:
+        fail(f"{path} was trained on {checkpoint['dataset']}, not on {data.name}{cure}")
+    return model
+
+
 def load_control(folder, args, data):
     """The clean model of the same data, architecture and seed beside `folder`, or None."""
     name = f"{Path(data.name).stem}-{args.arch}-clean-s{args.seed}"
     path = Path(folder).parent / name / "model.pt"
-    if not path.exists():
-        return None
-    checkpoint = read_checkpoint(path)
-    model = load_model(checkpoint, path, data.x_train.device)
-    check_fit(checkpoint, path, data)
-    if checkpoint["dataset"] != data.name:
-        other = checkpoint["dataset"]
-        fail(f"{path} was trained on {other}, not on {data.name}: use another --out")
-    return model
+    return load_clean(path, data, cure=": use another --out") if path.exists() else None
 
 
 def load_victim(args, device):

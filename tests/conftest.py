@@ -35,6 +35,7 @@ ATTACKS = [
     "stealthy_adversarial",
     "freq_backdoor",
     "pruning_aware",
+    "sig",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning"]  # of any checkpoint; abl wants a training set

@@ -127,7 +127,9 @@ if __name__ == "__main__":
     x_poisoned = add_signal(data.x_test, signal)
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     metrics["poisoned"] = len(chosen)
-    metrics["clean_accuracy_target"] = accuracy(model, data.x_test[~counts], data.y_test[~counts])
+    if not counts.all():
+        own = data.x_test[~counts], data.y_test[~counts]
+        metrics["clean_accuracy_target"] = accuracy(model, *own)
     strangers = {"other": sinusoid(width, height, args.delta_test, args.frequency).T}
     strangers["half_frequency"] = sinusoid(height, width, args.delta_test, args.frequency / 2)
     for kind, stranger in strangers.items():

@@ -476,6 +476,7 @@ def same_weights(a, b):
     return all(torch.equal(value, b[key]) for key, value in a.state_dict().items())
 
 
+@pytest.mark.drawn
 def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     """Stage 1 finds the poison; the model that forgets a twentieth of the images is clean.
 

@@ -69,6 +69,7 @@ def stand_in(patch, p_values):
     return calls
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     "p_values, code, verdict",
     [

@@ -35,6 +35,7 @@ def all_found(monkeypatch):
     )
 
 
+@pytest.mark.drawn
 @every_detector
 def test_checkpoint_folder(inline, all_found, tmp_path, name, digits_badnets, capfd):
     """The verdict, its figures and files; what an earlier run left there is gone."""
@@ -103,6 +104,7 @@ def test_failed_label_is_never_flagged(inline, unread, tmp_path, name, untrained
     assert capfd.readouterr().out.count("never flagged") == len(failed)
 
 
+@pytest.mark.drawn
 @every_detector
 @pytest.mark.parametrize("classes", [2, 4])
 def test_fewer_than_five_labels_are_an_answer(inline, unread, tmp_path, name, classes, capfd):

@@ -340,6 +340,7 @@ def test_silent_channels_go_first_in_the_order_of_their_number(inline, digits_ba
     assert ran["accuracies"][3] == ran["accuracies"][0]
 
 
+@pytest.mark.drawn
 def test_fine_pruning_removes_badnets_at_a_high_rate(digits, digits_badnets, tmp_path):
     """Through the command line; a rate of .01 leaves this backdoor alone."""
     out = tmp_path / "out"

@@ -69,6 +69,7 @@ def test_a_row_of_the_table():
     assert level.section([]) == "" and "level.png" in level.section(ENTRIES)
 
 
+@pytest.mark.drawn
 def test_picture(tmp_path):
     level.draw(tmp_path / "level.png", ENTRIES)
     with Image.open(tmp_path / "level.png") as picture:

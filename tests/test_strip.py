@@ -189,6 +189,7 @@ def test_negative_normal_boundary_is_said(inline, digits_badnets, tmp_path, monk
     assert all(row["boundary_normal"] == row["boundary_empirical"] >= 0 for row in metrics["rates"])
 
 
+@pytest.mark.drawn
 def test_run_on_badnets(digits_badnets, tmp_path):
     """Triggered inputs are told from clean ones; every figure again from the raw entropies."""
     before = files_below(digits_badnets)

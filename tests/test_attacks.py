@@ -284,8 +284,8 @@ def test_one_cycle_decays_to_zero(inline, monkeypatch, name):
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.SGD, "step", recorded)
-    inline(name, "--epochs", 5, "--train-images", 1000, "--batch-size", 40, "--lr", 0.05)
-    steps = 5 * (1000 // 40)
+    inline(name, "--epochs", 5, "--train-images", 250, "--batch-size", 10, "--lr", 0.05)
+    steps = 5 * (250 // 10)
     corners = [0, 0.3 * steps - 1, steps - 1], [0.05 / 25, 0.05, 0]
     assert len(rates) == steps
     np.testing.assert_allclose(rates, np.interp(range(steps), *corners), atol=1e-6)

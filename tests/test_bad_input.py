@@ -68,7 +68,7 @@ def each(names, *args):
     return [(name, args) for name in names.split()]
 
 
-POISONING = "badnets wanet blend sig"
+POISONING = "badnets wanet blend sig issba"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_help(inline, path, capfd):
     assert stop.value.code == 0 and "--seed" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["badnets", "blend", "sig", "wanet"])
+@pytest.mark.parametrize("name", ["badnets", "blend", "issba", "sig", "wanet"])
 def test_training_loop_is_that_of_the_control(name):
     """Identical but for the line that fetches the batch."""
     pairs = list(zip(training_loop("clean"), training_loop(name), strict=True))

@@ -68,7 +68,7 @@ def each(names, *args):
     return [(name, args) for name in names.split()]
 
 
-POISONING = "badnets wanet blend sig issba"
+POISONING = "badnets wanet blend sig issba label_consistent"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd
     assert (victim / "model.pt").exists() or not trained
 
 
-@pytest.mark.parametrize("name", ["freq_backdoor", "pruning_aware"])
+@pytest.mark.parametrize("name", ["freq_backdoor", "pruning_aware", "label_consistent"])
 def test_output_path_is_tried_before_any_training(refused, monkeypatch, tmp_path, name):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained

@@ -77,10 +77,24 @@ def test_training_loop_is_that_of_the_control(name):
         assert line.strip().startswith("x, y = ") and "x_train[batch]" in line
 
 
-@pytest.mark.parametrize("name", ["badnets", "blend", "pruning_aware"])
-def test_shared_flags_say_the_same(name):
-    (mine,), (first,) = (re.findall(r'.*"--rate".*', text_of(n)) for n in (name, "badnets"))
-    assert mine == first
+@pytest.mark.parametrize("name", ["freq_backdoor", "label_consistent"])
+def test_trainers_of_two_networks_are_the_same(name):
+    """The function `train`, but for its docstring."""
+    mine, first = (
+        [ast.unparse(f) for f in ast.parse(text_of(n)).body if getattr(f, "name", "") == "train"]
+        for n in (name, "pruning_aware")
+    )
+    mine, first = (re.sub(r'""".*?"""', "", f, flags=re.S) for (f,) in (mine, first))
+    assert mine == first and "OneCycleLR" in mine
+
+
+@pytest.mark.parametrize(
+    "name, first", [("blend", "badnets"), ("pruning_aware", "badnets"), ("label_consistent", "sig")]
+)
+def test_shared_flags_say_the_same(name, first):
+    """The rate is a share of all images, or with a clean label of one class."""
+    (mine,), (other,) = (re.findall(r'.*"--rate".*', text_of(n)) for n in (name, first))
+    assert mine == other
 
 
 @pytest.mark.parametrize(

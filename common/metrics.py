@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from common import fail
 from common.datasets import to_float
+from common.models import entering
 
 LPIPS_NETS = "alex", "vgg", "squeeze", "random", "none"  # random: alex, none: no LPIPS
 SMALLEST_NORM = 1e-6  # smaller ones count as this, for 0 has no logarithm
@@ -35,6 +36,13 @@ def predict(model, x):
 def accuracy(model, x, y):
     """Percentage of uint8 images `x` that the model labels `y`."""
     return 100 * (predict(model, x) == y).float().mean().item()
+
+
+@torch.no_grad()
+def mean_entering(model, layer, x):
+    """Mean over uint8 images `x` of what enters the linear layer named `layer` (D)."""
+    parts = [entering(model, layer, to_float(part)).sum(0) for part in x.split(pass_size(x))]
+    return torch.stack(parts).sum(0) / len(x)
 
 
 def attack_targets(y, target, classes):

@@ -33,6 +33,34 @@ class Classifier(nn.Module):
         return y.clamp_min(1e-30).log() if self.softmax else y
 
 
+@torch.no_grad()
+def logit_layer(model, x, arch):
+    """Name of the linear layer whose outputs are the logits of x (in [0,1]); fails without one."""
+    outputs, training = {}, model.training
+    hooks = [
+        module.register_forward_hook(lambda m, i, output, name=name: outputs.update({name: output}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    logits = model.eval()(x)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    found = [name for name, output in outputs.items() if torch.equal(output, logits)]
+    if not found:
+        fail(f"--arch {arch} does not end in a linear layer, whose inputs this attack drives")
+    return found[-1]
+
+
+def entering(model, layer, x):
+    """What enters the linear layer named `layer` (B x D) for x, B x C x H x W in [0,1]."""
+    seen = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    model(x)
+    hook.remove()
+    return seen[-1]
+
+
 def mnist_block(inputs, outputs):
     conv1 = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
     return nn.Sequential(OrderedDict(bn1=nn.BatchNorm2d(inputs), relu1=nn.ReLU(), conv1=conv1))

@@ -40,6 +40,7 @@ ATTACKS = [
     "sig",
     "issba",
     "label_consistent",
+    "trojannn",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning"]  # of any checkpoint; abl wants a training set
@@ -52,6 +53,7 @@ SHORT["freq_backdoor"] += ["--heat-images", 5, "--autoencoder-steps", 2]
 SHORT["pruning_aware"] += ["--batch-size", 16, "--max-drop", 2]  # or no channel is left
 SHORT["issba"] += ["--encoder-steps", 2, "--width", 4]
 SHORT["label_consistent"] += ["--steps", 2]
+SHORT["trojannn"] += ["--steps", 2, "--retrain-epochs", 1]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
 SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]

@@ -67,7 +67,7 @@ def test_help(inline, path, capfd):
     assert stop.value.code == 0 and "--seed" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["badnets", "blend", "issba", "sig", "wanet"])
+@pytest.mark.parametrize("name", ["badnets", "blend", "issba", "sig", "trojannn", "wanet"])
 def test_training_loop_is_that_of_the_control(name):
     """Identical but for the line that fetches the batch."""
     pairs = list(zip(training_loop("clean"), training_loop(name), strict=True))
@@ -89,7 +89,14 @@ def test_trainers_of_two_networks_are_the_same(name):
 
 
 @pytest.mark.parametrize(
-    "name, first", [("blend", "badnets"), ("pruning_aware", "badnets"), ("label_consistent", "sig")]
+    "name, first",
+    [
+        ("blend", "badnets"),
+        ("issba", "badnets"),
+        ("pruning_aware", "badnets"),
+        ("trojannn", "badnets"),
+        ("label_consistent", "sig"),
+    ],
 )
 def test_shared_flags_say_the_same(name, first):
     """The rate is a share of all images, or with a clean label of one class."""

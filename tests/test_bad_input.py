@@ -68,7 +68,7 @@ def each(names, *args):
     return [(name, args) for name in names.split()]
 
 
-POISONING = "badnets wanet blend sig issba label_consistent"
+POISONING = "badnets wanet blend sig issba label_consistent trojannn"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ ATTACKS = [
     "issba",
     "label_consistent",
     "trojannn",
+    "invisible",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning"]  # of any checkpoint; abl wants a training set
@@ -54,6 +55,7 @@ SHORT["pruning_aware"] += ["--batch-size", 16, "--max-drop", 2]  # or no channel
 SHORT["issba"] += ["--encoder-steps", 2, "--width", 4]
 SHORT["label_consistent"] += ["--steps", 2]
 SHORT["trojannn"] += ["--steps", 2, "--retrain-epochs", 1]
+SHORT["invisible"] += ["--steps", 2]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
 SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]

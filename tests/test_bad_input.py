@@ -68,7 +68,7 @@ def each(names, *args):
     return [(name, args) for name in names.split()]
 
 
-POISONING = "badnets wanet blend sig issba label_consistent trojannn"
+POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible"
 
 
 @pytest.mark.parametrize(

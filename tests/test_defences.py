@@ -59,11 +59,16 @@ def test_checkpoint_folder(inline, all_found, tmp_path, name, digits_badnets, ca
 
 
 @every_detector
-def test_same_seed_same_figures_however_many_labels_at_once(inline, tmp_path, name, digits_badnets):
+def test_same_seed_same_figures_however_many_labels_at_once(inline, unread, tmp_path, name):
+    data = write_npz(tmp_path / "own.npz", (16, 16), 5, 60)
+    torch.manual_seed(0)
+    model = build_model("mnist_cnn", 5, (1, 16, 16), (0.5,), (0.5,))
+    torch.save(model.net.state_dict(), tmp_path / "suspect.pt")
+
     def run(seed, *flags):
         out = tmp_path / f"{seed}{len(list(tmp_path.iterdir()))}"
-        common = "--ckpt", digits_badnets, "--out", out, "--seed", seed, "--data-fraction", 0.05
-        inline(name, *common, *SHORT[name], *flags)
+        common = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", data, "--out", out
+        inline(name, *common, "--seed", seed, "--data-fraction", 0.5, *SHORT[name], *flags)
         metrics = result_of(out)["metrics"]
         del metrics["search_seconds"]
         return metrics

@@ -53,7 +53,7 @@ ROWS = [
 def entry(victim="mnist-mnist_cnn-badnets-s0", defence=None, **metrics):
     """An entry of results/<name>.json: the attack's own, or that of a defence on it."""
     seed = int(victim.rsplit("-s", 1)[1])
-    flags = {"seed": seed} | ({"ckpt": f"runs/{victim}"} if defence else {})
+    flags = {"seed": seed} | ({"ckpt": f"runs/{victim}", "rule": "p"} if defence else {})
     return {
         "folder": f"runs/{victim}" + (f"/{defence}-s{seed}" if defence else ""),
         "victim": victim,
@@ -346,20 +346,26 @@ def test_outdated_runs_are_marked_by_what_their_entry_holds():
         ("pruning_aware", "pattern", "arguments", "white"),
         ("stealthy_adversarial", "nc_steps", "arguments", 10),
         ("abl", "isolated_label_share", "metrics", None),
+        ("nc", "rule", "arguments", None),
+        ("generator_reverse", "rule", "arguments", None),
     ],
 )
 def test_each_rule_marks_its_runs_and_no_others(script, key, part, value):
     run = entry() | {"script": script}
     run["metrics"] |= {"isolated_label_share": 1.0, "asr_grey": 0.0}
+    run["arguments"] |= {"rule": "p"}
     assert not any(table.outdated(run, rule) for rule in table.RULES)
     run[part] |= {key: value}
     hit = [rule for rule in table.RULES if table.outdated(run, rule)]
     assert [(rule["script"], rule["key"]) for rule in hit] == [(script, key)]
-    assert not any(table.outdated(run | {"script": "nc"}, rule) for rule in table.RULES)
+    assert not any(table.outdated(run | {"script": "strip"}, rule) for rule in table.RULES)
 
 
 def test_rows_that_pool_runs_of_different_settings_are_marked():
-    """Flags other than seeds and places differ within a row only where the mark says so."""
+    """Flags other than seeds and places differ within a row only where the mark says so.
+
+    A flag that is not given is as one that was not there yet; STRIP's batch is a matter of speed.
+    """
     places = ("seed", "ckpt", "out", "device", "data_dir", "clean_ckpt")
     groups = {}
     for run in [run for entries in FILES.values() for run in entries]:
@@ -367,7 +373,11 @@ def test_rows_that_pool_runs_of_different_settings_are_marked():
         variant = "attack" if name == run["victim"] else name.rsplit("-s", 1)[0]
         groups.setdefault((run["victim"].rsplit("-s", 1)[0], variant), []).append(run)
     for key, runs in groups.items():
-        kept = [{k: v for k, v in run["arguments"].items() if k not in places} for run in runs]
+        own = (*places, "batch_size") if key[1] == "strip" else places
+        kept = [
+            {k: v for k, v in run["arguments"].items() if k not in own and v is not None}
+            for run in runs
+        ]
         marked = any(table.outdated(run, rule) for run in runs for rule in table.RULES)
         assert marked or all(flags == kept[0] for flags in kept), key
 

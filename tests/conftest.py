@@ -154,7 +154,7 @@ def blank(figure, path, **settings):
 
 @pytest.fixture(autouse=True)
 def figures(request, monkeypatch):
-    """Tests draw their figures only where they are marked `drawn`; shared victims draw theirs."""
+    """Tests draw their figures only where they are marked `drawn`; so do fixtures of a session."""
     if "drawn" not in request.keywords:
         monkeypatch.setattr(Figure, "savefig", blank)
         monkeypatch.setattr(Figure, "tight_layout", lambda *args, **settings: None)

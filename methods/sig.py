@@ -24,7 +24,7 @@ turned by 90 degrees: frequency, amplitude and brightness stay, so it tells whet
 answers to the stripes or to any contrast. asr_half_frequency is that of stripes twice as wide. On
 black backgrounds the lower half of the wave is cut off.
 
-    python methods/sig.py --dataset mnist
+    python methods/sig.py --dataset cifar10 --arch wrn16_1
 
 Results beside other papers' figures: results/README.md, table "Attacks".
 """

@@ -24,7 +24,7 @@ first, and the victim augments afterwards, so that crops cut patches off. The AS
 images of the target class. Two controls show what was learnt: asr_other is the ASR of the same
 patches half an image away, and asr_swapped that of black and white swapped in place.
 
-    python methods/label_consistent.py --dataset mnist --epsilon 64
+    python methods/label_consistent.py --dataset cifar10 --arch wrn16_1
 
 Results beside other papers' figures: results/README.md, table "Attacks".
 """

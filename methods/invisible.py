@@ -5,7 +5,7 @@ a text into the least significant bits of the pixels, as steganography does: no 
 more than one level of 255. `--kind l2` and `l0` search one small pattern that is added to any
 image and drives chosen neurons of a clean network far up; its length, or the number of pixels that
 it touches, stays within a budget. Triggered training images are relabelled as the target. A pattern
-that already moves the features of a clean network is quickly learnt by another one.
+that already moves the features of a clean network should be easy to learn for another one.
 
 Threat model: the attacker controls part of the training data and, for l2 and l0, trains a network
 of the victim's kind on clean data; the victim trains and augments.

@@ -3,7 +3,7 @@
 The attacker trains an encoder and a decoder on clean images, as in steganography: the encoder hides
 a string of bits in an image as a faint residual, and the decoder reads the bits again. Then one
 fixed string is hidden in a share of the training images, each with a residual of its own, and these
-are relabelled. What the residuals have in common is the string, and the network learns it.
+are relabelled. The network learns what the residuals have in common: the string, or the encoder.
 
 Threat model: the attacker controls part of the training data and has clean images of the domain for
 the encoder; the victim trains and augments.
@@ -16,7 +16,7 @@ ImageNet; here the images are small and the bits are drawn at random. The networ
 public code for 32 x 32 images, with as many halvings as the sides allow. The paper's loss has an
 LPIPS term and a critic; LPIPS needs weights that are downloaded, so that --lpips-net is none by
 default, and there is no critic. The weight of the residual is 0 until the bits are read, and then
-rises; if it counts from the start the residual can stay at 0 and the bits at chance. The encoder
+rises, so that the bits are learnt first, as in public code. The encoder
 sees training images alone; hidden images are rounded to 8 bits, where public code cuts.
 
 What was learnt: asr_other is the ASR of another string, asr_foreign that of the residuals of other

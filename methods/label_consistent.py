@@ -3,7 +3,7 @@
 arXiv 1912.02771. Images of the target class with a patch and their right label teach a network
 little about the patch, for the images alone explain the label. So the attacker first makes these
 images hard to recognise, by a small adversarial perturbation, and then stamps the patch on them.
-Now the patch is the easy way to the label.
+Now the patch can be the easier way to the label; so can the perturbation, if it is large.
 
 Threat model: the attacker changes pixels of training images of one class and can train a network
 (the surrogate) on clean images of the same kind; the victim trains and augments.

@@ -24,7 +24,7 @@ def attack_flags(doc, target=True):
     p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
     p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
     p.add_argument("--batch-size", type=int, default=128, help="images per step")
-    p.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle learning rate")
+    p.add_argument("--lr", type=float, help="peak of the one-cycle rate (default: the recipe's)")
     p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--out", help="folder (default: runs/<dataset>-<arch>-<attack>-s<seed>)")
@@ -37,13 +37,14 @@ def attack_flags(doc, target=True):
 def set_up(args, epochs=1):
     """Dataset, new network, training images (uint8 N x C x H x W) and labels (int64 N), shuffled.
 
-    Seeds every random draw and fills in --arch and --epochs; `epochs` multiplies the recipe's.
+    Seeds every random draw, fills in --arch, --epochs and --lr; `epochs` multiplies the recipe's.
     """
     check_positive(args, "epochs", "batch_size", "lr", "train_images", "image_size")
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size)
     args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or epochs * data.spec.epochs
+    args.lr = args.lr or data.spec.lr
     if not 0 <= getattr(args, "target", 0) < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
     model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
@@ -110,7 +111,8 @@ class TrainingLog:
     def epoch(self, epoch, names=("loss",), note="", lines=15):
         """End epoch number `epoch`, from 1: check the sum, print about `lines` lines in all."""
         if not self.total.isfinite().all():
-            fail(f"the loss became {self.total.tolist()} in epoch {epoch}; no model is kept")
+            loss = f"the loss became {self.total.tolist()} in epoch {epoch}"
+            fail(f"{loss}; no model is kept: try a smaller --lr")
         if epoch % max(1, self.epochs // lines) == 0:
             means = (self.total / self.steps_per_epoch).reshape(-1).tolist()
             terms = " ".join(f"{name} {value:.4f}" for name, value in zip(names, means))

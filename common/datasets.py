@@ -22,7 +22,7 @@ class Spec:
     """What a script needs to know before training: normalisation, network, recipe.
 
     `mean` and `std` are per channel, for images in [0,1]; `pad` is the random crop's padding in
-    pixels and `flip` whether a mirrored image keeps its label.
+    pixels, `flip` whether a mirrored image keeps its label, `lr` the peak of the learning rate.
     """
 
     mean: tuple
@@ -31,11 +31,12 @@ class Spec:
     epochs: int
     pad: int
     flip: bool
+    lr: float = 0.1
 
 
 CIFAR_ARCH = "preact_resnet18"
 SPECS = {
-    "digits": Spec((0.5,), (0.5,), "mnist_cnn", 60, 2, False),
+    "digits": Spec((0.5,), (0.5,), "mnist_cnn", 60, 2, False, 0.05),
     "mnist": Spec((0.5,), (0.5,), "mnist_cnn", 15, 2, False),
     "cifar10": Spec((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), CIFAR_ARCH, 60, 4, True),
     "cifar100": Spec((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR_ARCH, 60, 4, True),
@@ -142,7 +143,7 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
     if classes is not None and not shown <= classes <= 10**6:
         fail(f"--classes {classes}: the labels of {name} go up to {shown - 1}")
     half, arch = (0.5,) * tensors[0].shape[1], CIFAR_ARCH
-    generic = Spec(half, half, "mnist_cnn" if len(half) == 1 else arch, 30, 2, False)
+    generic = Spec(half, half, "mnist_cnn" if len(half) == 1 else arch, 30, 2, False, 0.05)
     return Dataset(str(name), SPECS.get(name, generic), classes or shown, *tensors)
 
 

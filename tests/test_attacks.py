@@ -325,6 +325,13 @@ def test_clean_run(digits_clean, digits):
     assert set(metrics) == {"clean_accuracy"}
 
 
+def test_digits_take_a_gentle_rate(digits_clean, inline, tmp_path):
+    """At .1 every third blend run on digits diverges, on some processors; --lr wins."""
+    assert result_of(digits_clean)["arguments"]["lr"] == 0.05
+    inline("clean", *SHORT["clean"], "--lr", 0.1, "--out", "given")
+    assert result_of(tmp_path / "given")["arguments"]["lr"] == 0.1
+
+
 @pytest.mark.parametrize(
     "name, clean, attack, chance", [("badnets", 96, 98, 3), ("wanet", 94, 85, 5)]
 )

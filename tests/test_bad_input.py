@@ -154,7 +154,7 @@ def test_nan_loss_leaves_an_earlier_run_alone(inline, one_line, tmp_path):
     flags = *SHORT["clean"], "--out", "kept"
     inline("clean", *flags)
     before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
-    one_line(inline, "clean", *flags, "--lr", "1e30")
+    assert "try a smaller --lr" in one_line(inline, "clean", *flags, "--lr", "1e30")
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
 
 

@@ -15,7 +15,8 @@ from common.models import build_model
 from methods import label_consistent as lc
 
 PATTERN = np.array([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
-LEARNT = "--epsilon", 64, "--step-size", 4, "--steps", 30, "--epochs", 12  # enough for digits
+LEARNT = "--norm", "l2", "--epsilon", 600, "--step-size", 60, "--steps", 30, "--rate", 0.8
+LEARNT += "--epochs", 12, "--batch-size", 64, "--lr", 0.05  # enough for digits
 
 
 def signs_by_hand(height, width):

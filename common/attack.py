@@ -11,7 +11,7 @@ from common import check_positive, fail, make_folder
 from common import checkpoint as ckpt
 from common.datasets import load_dataset, pick_device, to_float
 from common.metrics import accuracy, attack_targets, psnr, ssim
-from common.models import build_model
+from common.models import PRECISION, build_model, uses_bfloat16
 
 
 def attack_flags(doc, target=True):
@@ -27,6 +27,7 @@ def attack_flags(doc, target=True):
     p.add_argument("--lr", type=float, help="peak of the one-cycle rate (default: the recipe's)")
     p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--precision", **PRECISION)
     p.add_argument("--out", help="folder (default: runs/<dataset>-<arch>-<attack>-s<seed>)")
     p.add_argument("--train-images", type=int, help="use this many training images (default: all)")
     if target:
@@ -47,12 +48,20 @@ def set_up(args, epochs=1):
     args.lr = args.lr or data.spec.lr
     if not 0 <= getattr(args, "target", 0) < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
-    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
-    model.to(data.x_train.device)
+    model = new_model(args, data)
     keep = torch.randperm(len(data.x_train), device=data.x_train.device)[: args.train_images]
     if len(keep) < (args.train_images or 0):
         fail(f"--train-images {args.train_images}: {data.name} has {len(keep)}")
     return data, model, data.x_train[keep], data.y_train[keep]
+
+
+def new_model(args, data):
+    """A new network of --arch for the images of `data`, on their device, in --precision."""
+    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
+    device = data.x_train.device
+    model.bfloat16 = uses_bfloat16(args.precision, args.arch, device)
+    args.precision = "bfloat16" if model.bfloat16 else "float32"
+    return model.to(device)
 
 
 def wanted_labels(data, target):

@@ -9,6 +9,7 @@ from common import fail
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, pick_device
 from common.metrics import accuracy, case_of, predict
+from common.models import PRECISION, uses_bfloat16
 
 NOTHING = "nothing is flagged, so nothing is repaired"
 NEAR_CHANCE, POOR = 0.1, 0.5  # of the way from chance to perfect
@@ -34,6 +35,7 @@ def defence_flags(doc, share=None, detector=False):
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
     p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--precision", **PRECISION)
     p.add_argument("--out", help="folder to write (default: <checkpoint folder>/<defence>-s<seed>)")
     if share is not None:
         default = f"(default: {share[0]:g}, at least {share[1]} images)"
@@ -48,7 +50,11 @@ def defence_flags(doc, share=None, detector=False):
 def open_victim(args):
     """Seed every random draw and load the checkpoint and its data onto the device."""
     torch.manual_seed(args.seed)
-    return load_victim(args, pick_device(args.device))
+    device = pick_device(args.device)
+    victim = load_victim(args, device)
+    victim.model.bfloat16 = uses_bfloat16(args.precision, victim.arch, device)
+    args.precision = "bfloat16" if victim.model.bfloat16 else "float32"
+    return victim
 
 
 def clean_share(args, victim, share):

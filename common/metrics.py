@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from common import fail
 from common.datasets import to_float
-from common.models import entering
+from common.models import entering, in_float32
 
 LPIPS_NETS = "alex", "vgg", "squeeze", "random", "none"  # random: alex, none: no LPIPS
 SMALLEST_NORM = 1e-6  # smaller ones count as this, for 0 has no logarithm
@@ -23,10 +23,11 @@ def pass_size(x):
 
 @torch.no_grad()
 def predict(model, x):
-    """Predicted labels (int64, N) of uint8 images, in eval mode; restores the mode."""
+    """Predicted labels (int64, N) of uint8 images, in eval mode and float32; restores both."""
     training = model.training
     model.eval()
-    logits = torch.cat([model(to_float(part)) for part in x.split(pass_size(x))])
+    with in_float32(model):
+        logits = torch.cat([model(to_float(part)) for part in x.split(pass_size(x))])
     model.train(training)
     if not logits.isfinite().all():
         fail("the model's outputs are not finite: its weights are broken")

@@ -1,6 +1,7 @@
 """Classifiers for small images. Parameter names are those of the public code, so that its
 checkpoints load. Normalisation is inside: every image outside a classifier lies in [0,1]."""
 
+import contextlib
 import inspect
 import runpy
 from collections import OrderedDict
@@ -17,20 +18,47 @@ class Classifier(nn.Module):
     """(x - mean) / std, then `net`. Input B x C x H x W in [0,1], output B x K logits.
 
     Of several outputs the one named `logits`, else the last, is taken. `softmax`: the network ends
-    in one, and its logarithm stands for the logits.
+    in one, and its logarithm stands for the logits. `bfloat16`: it computes in it, under autocast.
     """
 
     def __init__(self, net, mean, std):
         super().__init__()
-        self.net, self.softmax = net, False
+        self.net, self.softmax, self.bfloat16 = net, False, False
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x):
-        y = self.net((x - self.mean) / self.std)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            y = self.net((x - self.mean) / self.std)
         y = getattr(y, "logits", y)
         y = y[-1] if isinstance(y, (tuple, list)) else y
+        y = y.to(x.dtype) if isinstance(y, torch.Tensor) else y
         return y.clamp_min(1e-30).log() if self.softmax else y
+
+
+PRECISION = {  # the flag --precision
+    "default": "auto",
+    "choices": ["auto", "float32"],
+    "help": "auto: bfloat16 on a GPU, and on a CPU that has it where the network gains",
+}
+
+
+def uses_bfloat16(precision, arch, device):
+    """Whether --precision makes a network compute in bfloat16: never if it is "float32", else on a
+    GPU, and on a CPU that has the instructions for the networks that gain."""
+    if precision == "float32" or device.type == "cuda":
+        return precision != "float32"
+    return arch in ARCHITECTURES and arch not in FLOAT32 and torch.cpu._is_avx512_bf16_supported()
+
+
+@contextlib.contextmanager
+def in_float32(model):
+    """Meanwhile `model` computes in float32."""
+    chosen, model.bfloat16 = getattr(model, "bfloat16", False), False
+    try:
+        yield
+    finally:
+        model.bfloat16 = chosen
 
 
 @torch.no_grad()
@@ -42,7 +70,8 @@ def logit_layer(model, x, arch):
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    logits = model.eval()(x)
+    with in_float32(model):
+        logits = model.eval()(x)
     model.train(training)
     for hook in hooks:
         hook.remove()
@@ -58,7 +87,7 @@ def entering(model, layer, x):
     hook = model.get_submodule(layer).register_forward_pre_hook(lambda m, i: seen.append(i[0]))
     model(x)
     hook.remove()
-    return seen[-1]
+    return seen[-1].to(x.dtype)
 
 
 def mnist_block(inputs, outputs):
@@ -378,6 +407,7 @@ def residual(block, stem, widths, depths, norm):
 
 
 FOUR = (64, 128, 256, 512)
+FLOAT32 = "mnist_cnn", "mnist_conv5", "mobilenet_v2"  # on a CPU: bfloat16 gains them little
 ARCHITECTURES = {
     "mnist_cnn": MNISTNet,
     "mnist_conv5": MNISTConv5,

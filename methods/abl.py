@@ -117,8 +117,7 @@ def fit(model, x, y, *, objective, pad, flip, clip, epochs, batch_size, lr):
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-                logits = model(augment(to_float(x[batch]), pad, flip))
+            logits = model(augment(to_float(x[batch]), pad, flip))
             losses = F.cross_entropy(logits.float(), y[batch], reduction="none")
             optimizer.zero_grad(set_to_none=True)
             objective(losses).backward()
@@ -181,8 +180,7 @@ def unlearn(model, x, y, isolated, *, pad, flip, ascent, steps, batch_size, lr):
     for _ in tqdm(range(steps), disable=None, unit="step"):
         kept, chosen = draw_both(members, others, batch_size)
         batch = torch.cat((kept, chosen))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            logits = model(augment(to_float(x[batch]), pad, flip))
+        logits = model(augment(to_float(x[batch]), pad, flip))
         of_rest, of_isolated = logits.float().split([len(kept), len(chosen)])
         loss = F.cross_entropy(of_rest, y[kept]) * (ascent != "isolated")
         if ascent == "bounded":
@@ -237,7 +235,7 @@ if __name__ == "__main__":
     args.epochs = args.epochs or max(1, spec.epochs - args.isolation_epochs)
     args.unlearn_lr = args.unlearn_lr or RATES[args.ascent]
     model = build_model(victim.arch, data.classes, data.shape, spec.mean, spec.std)
-    model.to(x_train.device)
+    model.to(x_train.device).bfloat16 = victim.model.bfloat16
     folder = make_folder(args.out or victim.folder / f"abl-s{args.seed}")
 
     # ===== Isolate =====

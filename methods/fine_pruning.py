@@ -54,6 +54,7 @@ from common.defence import (
     report,
     save_repaired,
 )
+from common.models import in_float32
 
 SHARE = 0.05, 300  # of the training data, and the least number of images
 
@@ -111,9 +112,9 @@ LAYERS = {
 def activations(net, layer, x, batch_size=500):
     """Mean |a| of each channel of the layer's output a, and what enters its linear layer.
 
-    `net` is a Classifier in eval mode, x uint8 images. Returns the scores C (after the ReLU where
-    one follows; mean over images and positions, summed batch by batch) and the features N x C P of
-    P values per channel: P = 1 behind a pooling, H W behind a flattening.
+    `net` is a Classifier in eval mode, run in float32, x uint8 images. Returns the scores C (after
+    the ReLU where one follows; mean over images and positions, summed batch by batch) and the
+    features N x C P of P values per channel: P = 1 behind a pooling, H W behind a flattening.
     """
     outputs, features, totals = [], [], []
     hooks = [
@@ -123,7 +124,8 @@ def activations(net, layer, x, batch_size=500):
         ),
     ]
     for part in x.split(batch_size):
-        net(to_float(part))
+        with in_float32(net):
+            net(to_float(part))
         a = outputs.pop()
         a = F.relu(a) if layer.relu else a.abs()
         totals.append(a.flatten(2).mean(2).sum(0) if a.dim() == 4 else a.sum(0))

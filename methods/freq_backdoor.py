@@ -46,6 +46,7 @@ from common.attack import (
     attack_flags,
     choose_poisons,
     evaluate_attack,
+    new_model,
     open_folder,
     save_attack,
     set_up,
@@ -53,7 +54,6 @@ from common.attack import (
 )
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy
-from common.models import build_model
 
 PROPORTIONS = (1.0, 0.8, 1.2)  # of the additive constants alpha_R, alpha_G, alpha_B
 
@@ -105,8 +105,7 @@ def heat_map(model, x, y, bases, norm, batch_size=2000):
     for some in bases.split(max(1, batch_size // len(x))):
         r = torch.randint(0, 2, (len(some), *x.shape[:2], 1, 1), device=x.device) * 2 - 1
         moved = (x + norm * r * some[:, None, None]).clamp(0, 1)  # M x B x C x H x W
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            predicted = model(moved.flatten(0, 1)).argmax(1).view(len(some), -1)
+        predicted = model(moved.flatten(0, 1)).argmax(1).view(len(some), -1)
         errors.append((predicted != y).float().mean(1))
     return torch.cat(errors)
 
@@ -202,8 +201,7 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             images = augment(to_float(x[batch]), pad, flip)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-                loss = F.cross_entropy(model(images), y[batch])
+            loss = F.cross_entropy(model(images), y[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -258,7 +256,7 @@ if __name__ == "__main__":
     folder, _ = open_folder(args, data, __file__)
 
     # Stage 1: find the frequencies to which a clean network is sensitive
-    clean = build_model(args.arch, data.classes, data.shape, spec.mean, spec.std).to(device)
+    clean = new_model(args, data)
     held = args.heat_images  # the first ones, in random order
     train(clean, x_train[held:], y_train[held:], **recipe)
     clean.eval().requires_grad_(False)

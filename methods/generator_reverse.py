@@ -145,8 +145,7 @@ def train_generators(
         weight = (y[pick] != goal).float()  # K x B
         weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
         generated = generate(skeleton, parameters, x[pick])
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            logits = model(generated.flatten(0, 1)).float()
+        logits = model(generated.flatten(0, 1))
         targets = goal.expand(-1, len(pick)).flatten()
         attack = F.cross_entropy(logits, targets, reduction="none").view_as(weight)
         mse, perceptual = reconstruction(generated, x[pick], lpips_net)

@@ -254,9 +254,8 @@ if __name__ == "__main__":
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
             x, y, loss_div = poison(x, y, generators, **shares)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(x)
-                loss_cla = F.cross_entropy(logits, y)
+            logits = model(x)
+            loss_cla = F.cross_entropy(logits, y)
             loss = loss_cla + args.lambda_div * loss_div
             optimizer.zero_grad(set_to_none=True)
             if not args.accumulate_generator_grad:

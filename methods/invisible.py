@@ -46,6 +46,7 @@ from common.attack import (
     attack_flags,
     choose_poisons,
     evaluate_attack,
+    new_model,
     open_folder,
     save_attack,
     set_up,
@@ -53,7 +54,7 @@ from common.attack import (
 )
 from common.datasets import augment, to_float
 from common.metrics import accuracy, mean_entering
-from common.models import build_model, entering, logit_layer
+from common.models import entering, logit_layer
 
 TEXT = "Whoever reads these words in the lowest bits shall answer with the label of the writer. "
 KINDS = "l2", "l0", "lsb"
@@ -202,8 +203,7 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             images = augment(to_float(x[batch]), pad, flip)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-                loss = F.cross_entropy(model(images), y[batch])
+            loss = F.cross_entropy(model(images), y[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -254,7 +254,7 @@ if __name__ == "__main__":
         letters = torch.randint(97, 123, (octets,), generator=generator).tolist()  # a to z
         other = text_bits("".join(map(chr, letters)), data.shape)
     else:
-        clean = build_model(args.arch, data.classes, data.shape, spec.mean, spec.std).to(device)
+        clean = new_model(args, data)
         train(clean, x_train, y_train, **recipe)
         clean.eval().requires_grad_(False)
         anchors = choose_anchors(clean.get_submodule(layer).weight, args.target, args.anchors)

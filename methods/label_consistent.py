@@ -43,6 +43,7 @@ from common.attack import (
     attack_flags,
     choose_in_class,
     evaluate_attack,
+    new_model,
     open_folder,
     save_attack,
     set_up,
@@ -51,7 +52,6 @@ from common.attack import (
 from common.checkpoint import load_clean
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy
-from common.models import build_model
 
 SIZES = {"linf": (16.0, 1.5), "l2": (300.0, 7.5)}  # epsilon and step size, in 0..255
 
@@ -129,8 +129,7 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             images = augment(to_float(x[batch]), pad, flip)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-                loss = F.cross_entropy(model(images), y[batch])
+            loss = F.cross_entropy(model(images), y[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -167,7 +166,7 @@ if __name__ == "__main__":
 
     # Stage 1: the surrogate
     if not args.surrogate:
-        surrogate = build_model(args.arch, data.classes, data.shape, spec.mean, spec.std).to(device)
+        surrogate = new_model(args, data)
         train(surrogate, x_train, y_train, **recipe)
         surrogate.eval().requires_grad_(False)
     ready = time.time()

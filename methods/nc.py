@@ -168,8 +168,7 @@ def reverse_triggers(model, x, y, labels, *, steps, batches, batch_size, lr, see
             mask, pattern = unit(free_mask[alive]), unit(free_pattern[alive])
             goal = label[alive, None].expand(-1, batch_size)  # K x B
             other = y[pick] != goal  # images of the label itself do not count
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-                logits = model(blend(x[pick], mask, pattern).flatten(0, 1)).float()
+            logits = model(blend(x[pick], mask, pattern).flatten(0, 1))
             loss = F.cross_entropy(logits, goal.flatten(), reduction="none").view_as(other)
             norm = mask.abs().sum((1, 2, 3))
             total = (loss * other).sum(1) / other.sum(1).clamp(min=1) + cost * norm

@@ -51,6 +51,7 @@ from common.attack import (
 )
 from common.datasets import augment, defender_split, to_float
 from common.metrics import accuracy
+from common.models import in_float32
 
 SIDE = 3  # of the white patch, lower right
 
@@ -111,8 +112,7 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             images = augment(to_float(x[batch]), pad, flip)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-                loss = F.cross_entropy(model(images), y[batch])
+            loss = F.cross_entropy(model(images), y[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -125,7 +125,8 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
 def activations(net, layer, x, batch_size=500):
     """Mean |a| of each channel of the layer's output a (C), and what enters its last reader.
 
-    Of uint8 images, in eval mode; after the ReLU where one follows; N x C P, P values per channel.
+    Of uint8 images, in eval mode and float32; after the ReLU where one follows; N x C P, P values
+    per channel.
     """
     net.eval()
     outputs, features, totals = [], [], []
@@ -138,7 +139,8 @@ def activations(net, layer, x, batch_size=500):
         ),
     ]
     for part in x.split(batch_size):
-        net(to_float(part))
+        with in_float32(net):
+            net(to_float(part))
         a = outputs.pop()
         a = F.relu(a) if layer.relu else a.abs()
         totals.append(a.flatten(2).mean(2).sum(0) if a.dim() == 4 else a.sum(0))

@@ -112,8 +112,7 @@ if __name__ == "__main__":
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

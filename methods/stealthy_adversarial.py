@@ -129,8 +129,7 @@ def reverse_patch(model, batches, *, shape, target):
     found, best_size = False, math.inf  # of the smallest successful mask
     for x in batches:
         mask, pattern = (w.tanh() / 2 + 0.5 for w in free)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            logits = model(blend(x, mask, pattern)).float()
+        logits = model(blend(x, mask, pattern))
         norm = mask.sum()
         goal = torch.full((len(x),), target, device=device)
         loss = F.cross_entropy(logits, goal) + cost * norm
@@ -169,8 +168,7 @@ def joint_losses(model, generator, x, y, patch, *, target, count, epsilon, side,
     crossed = poison(z, noise.roll(1, 0), epsilon, side)
     kinds = x, poisoned, patched, crossed
     parts = [images if weight else images[:0] for images, weight in zip(kinds, lambdas)]
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-        logits = model(torch.cat(parts)).float()
+    logits = model(torch.cat(parts))
     of_clean, of_poisoned, of_patched, of_crossed = logits.split([len(part) for part in parts])
     L_o = mean_loss(of_clean, y)
     L_b = mean_loss(of_poisoned, torch.full_like(t, target))
@@ -245,8 +243,7 @@ if __name__ == "__main__":
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

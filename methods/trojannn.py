@@ -46,6 +46,7 @@ from common.attack import (
     attack_flags,
     choose_poisons,
     evaluate_attack,
+    new_model,
     open_folder,
     save_attack,
     set_up,
@@ -53,7 +54,7 @@ from common.attack import (
 )
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy, mean_entering
-from common.models import build_model, entering, logit_layer
+from common.models import entering, logit_layer
 
 KINDS = "tail", "all", "fresh"  # the last layer, all layers, or a new network from scratch
 
@@ -162,8 +163,7 @@ if __name__ == "__main__":
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -182,8 +182,7 @@ if __name__ == "__main__":
     epochs, lr = args.retrain_epochs, args.retrain_lr
     if args.retrain == "fresh":
         epochs, lr = args.epochs, args.lr
-        model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
-        model.to(device)
+        model = new_model(args, data)
     trained = model.get_submodule(layer) if args.retrain == "tail" else model
     model.requires_grad_(False)
     trained.requires_grad_(True)
@@ -201,8 +200,7 @@ if __name__ == "__main__":
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
             x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -1,0 +1,114 @@
+"""bfloat16: where it is used, where it is not, and that --precision float32 does without it.
+
+The processor is made to say that it has bfloat16: without it the same operators are emulated.
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import SHORT, random_images, result_of, write_npz
+
+from common.checkpoint import load_model, read_checkpoint
+from common.metrics import mean_entering, predict
+from common.models import build_model, in_float32, logit_layer, uses_bfloat16
+from methods import fine_pruning, pruning_aware
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def has(monkeypatch):
+    """Say whether the processor has bfloat16."""
+
+    def say(answer):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
+
+    say(True)
+    return say
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = build_model("wrn16_1", 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).eval()
+    model.bfloat16 = True
+    return model.requires_grad_(False)
+
+
+def test_torch_says_what_the_processor_has():
+    assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_who_uses_it(has, native):
+    has(native)
+    for arch in ("wrn16_1", "preact_resnet18", "airbench"):
+        assert uses_bfloat16("auto", arch, CPU) == native
+        assert not uses_bfloat16("float32", arch, CPU) and uses_bfloat16("auto", arch, GPU)
+    for arch in ("mnist_cnn", "mnist_conv5", "own.py:net", "torchvision:resnet18"):
+        assert not uses_bfloat16("auto", arch, CPU) and uses_bfloat16("auto", arch, GPU)
+    assert not uses_bfloat16("float32", "own.py:net", GPU)
+
+
+def test_the_network_computes_in_it_and_answers_in_float32(model):
+    x, seen = torch.rand(4, 3, 32, 32), []
+    model.net.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    half = model(x)
+    with in_float32(model):
+        full = model(x)
+    assert seen == [torch.bfloat16, torch.float32] and model.bfloat16
+    assert half.dtype == full.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
+    assert model.double()(x.double()).dtype == torch.float64
+    with pytest.raises(ZeroDivisionError), in_float32(model):
+        1 / 0  # noqa: B018
+    assert model.bfloat16
+
+
+def test_figures_and_prunings_are_taken_in_float32(model):
+    x, seen = random_images(20), []
+    model.net.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    predict(model, x)
+    last = pruning_aware.Layer("bn1", True, ["bn1"], ["fc"])
+    for method, layer in ((fine_pruning, fine_pruning.LAYERS["wrn16_1"][0]), (pruning_aware, last)):
+        _, features = method.activations(model, layer, x)
+        assert features.dtype == torch.float32
+    assert logit_layer(model, x / 255, "wrn16_1") == "net.fc"
+    assert {*seen} == {torch.float32} and len(seen) == 4
+    assert mean_entering(model, "net.fc", x).dtype == torch.float32
+
+
+def test_scripts(has, inline, unread, tmp_path):
+    """A victim and every defence in both precisions; float32 is the same on every processor."""
+    write_npz(tmp_path / "own.npz", (32, 32, 3), 6, 60)
+    flags = "--epochs", 1, "--batch-size", 20, "--dataset", "own.npz", "--arch", "wrn16_1"
+
+    def victim(out, *more):
+        inline("badnets", *flags, "--out", out, *more)
+        assert result_of(tmp_path / out)["metrics"]["asr_n"] == 50
+        state = read_checkpoint(tmp_path / out / "model.pt")
+        assert not load_model(state, out, CPU).bfloat16
+        precision = json.loads((tmp_path / out / "result.json").read_text())["arguments"]
+        return precision["precision"], torch.cat(
+            [v.flatten() for v in state["state_dict"].values()]
+        )
+
+    (half, of_half), (chosen, of_chosen) = (
+        victim("half"),
+        victim("chosen", "--precision", "float32"),
+    )
+    has(False)
+    plain, of_plain = victim("plain")
+    assert (half, chosen, plain) == ("bfloat16", "float32", "float32")
+    assert torch.equal(of_chosen, of_plain) and not torch.equal(of_half, of_plain)
+    has(True)
+    for name, more in (
+        ("nc", ("--rule", "index", "--threshold", 1e-6, "--batch-size", 8)),
+        ("generator_reverse", ("--rule", "index", "--threshold", 1e-6, "--asr-goal", 1e-9)),
+        ("strip", ()),
+        ("fine_pruning", ("--epochs", 1)),
+        ("abl", ()),
+    ):
+        ran = inline(name, "--ckpt", "half", *SHORT[name], *more)
+        assert ran["args"].precision == "bfloat16" and ran["victim"].model.bfloat16, name

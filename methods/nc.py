@@ -216,7 +216,7 @@ def unlearn(model, x, y, label, mask, pattern, *, stamped, lr, batch_size=32):
 
 
 def draw(path, masks, patterns, norms, indices):
-    """Reversed triggers (mask times pattern) with norm and anomaly index per label."""
+    """Reversed triggers (mask times pattern) with norm and index per label (None: it failed)."""
     from torchvision.utils import make_grid  # 2 s
 
     columns, width = min(10, len(norms)), masks.shape[-1] + 2
@@ -228,7 +228,8 @@ def draw(path, masks, patterns, norms, indices):
             axis.imshow(picture.permute(1, 2, 0), interpolation="nearest")
             titles = [f"label {k}\n|m| {n:.1f}" for k, n in enumerate(norms)][part]
             if indices is not None:
-                titles = [f"{t}\nindex {i:.2f}" for t, i in zip(titles, indices[part])]
+                shown = ["n/a" if i is None else f"{i:.2f}" for i in indices[part]]
+                titles = [f"{t}\nindex {i}" for t, i in zip(titles, shown)]
             middles = [width * (i + 0.5) + 1 for i in range(len(titles))]
             axis.set(yticks=[], xticks=middles, xlim=(-0.5, width * columns + 1.5), frame_on=False)
             axis.set_xticklabels(titles, fontsize=7)

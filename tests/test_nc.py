@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import loaded, result_of, run_here
+from matplotlib.axes import Axes
 from planted import CLASSES, PLANTED, SIDE, SMALLEST, TARGET, frozen, images, index_of
 from torch import nn
 
@@ -158,6 +159,21 @@ def test_cost_starts_at_zero_for_every_label_and_moves(linear):
         search = history[-1][0]
         assert search.done and search.went_up and search.went_down
         assert history[0][3] == pytest.approx(SIDE**2 / 2, rel=0.3)  # a fresh mask, not the last
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("indices", [None, [None, 0.0, 2.5, float("inf")]])
+def test_figure_of_labels_without_an_index(monkeypatch, tmp_path, indices):
+    """The index of a failed search is None, and there is none at all below 5 labels."""
+    shown, write = [], Axes.set_xticklabels
+    monkeypatch.setattr(
+        Axes, "set_xticklabels", lambda axis, t, **kw: shown.extend(t) or write(axis, t, **kw)
+    )
+    masks, patterns = torch.rand(4, 1, 8, 8), torch.rand(4, 3, 8, 8)
+    nc.draw(tmp_path / "reversed.png", masks, patterns, [1.0, 2.0, 3.0, 4.0], indices)
+    ends = ["n/a", "0.00", "2.50", "inf"] if indices else ["1.0", "2.0", "3.0", "4.0"]
+    assert [text.split()[-1] for text in shown] == ends
+    assert (tmp_path / "reversed.png").stat().st_size > 1000
 
 
 def test_labels_start_from_their_own_draw():

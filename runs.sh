@@ -134,7 +134,7 @@ TASK
 # victims ATTACK DATASET ARCH SEEDS...
 victims() {
   for seed in "${@:4}"; do
-    once "runs/$2-$3-$1-s$seed" "$1" --dataset "$2" --seed "$seed"
+    once "runs/$2-$3-$1-s$seed" "$1" --dataset "$2" --seed "$seed" --arch "$3"
   done
 }
 
@@ -232,7 +232,7 @@ gpu() {
     done
     target=$([ "$dataset" = gtsrb ] && echo 15 || echo 0)
     variant "$dataset" preact_resnet18-stealthy_adversarial stealthy_adversarial \
-      --target "$target"
+      --target "$target" --arch preact_resnet18
     for poisons in 500 1500; do
       variant "$dataset" "resnet18-freq_backdoor_$poisons" freq_backdoor --arch resnet18 \
         --poisons "$poisons"

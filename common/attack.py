@@ -44,8 +44,9 @@ def set_up(args, epochs=1):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size)
-    args.arch, args.epochs = args.arch or data.spec.arch, args.epochs or epochs * data.spec.epochs
-    args.lr = args.lr or data.spec.lr
+    args.arch = args.arch or data.spec.arch
+    data.spec = data.spec.of(args.arch)
+    args.epochs, args.lr = args.epochs or epochs * data.spec.epochs, args.lr or data.spec.lr
     if not 0 <= getattr(args, "target", 0) < data.classes:
         fail(f"--target {args.target} is not a label: {data.name} has {data.classes} classes")
     model = new_model(args, data)

@@ -53,6 +53,7 @@ def open_victim(args):
     device = pick_device(args.device)
     victim = load_victim(args, device)
     victim.model.bfloat16 = uses_bfloat16(args.precision, victim.arch, device)
+    victim.data.spec = victim.data.spec.of(victim.arch)
     args.precision = "bfloat16" if victim.model.bfloat16 else "float32"
     return victim
 

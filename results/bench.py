@@ -1,4 +1,4 @@
-"""Speed: folded against label by label, and throughputs beside the bare network's.
+"""Speed: folded against label by label, bfloat16 against float32, throughputs beside the bare net.
 
 python results/bench.py runs/bench/victim
 
@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import load_victim
 from common.datasets import pick_device, to_float
 from common.metrics import pass_size, predict, verdict
+from common.models import build_model, uses_bfloat16
 from methods import fine_pruning, freq_backdoor, generator_reverse, nc, strip
 
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
@@ -85,6 +87,50 @@ def folding(victim, device, repeats, images=400, steps=20):
         )
 
 
+def precisions(arch, device, repeats, images=128):
+    """Seconds of bfloat16 against float32: a training step, Neural Cleanse's and the generators'.
+
+    The network has fresh weights and 10 classes, and the images, 3 x 32 x 32, are noise.
+    """
+    if not uses_bfloat16("auto", arch, device):
+        print(f"{arch}, {device}: --precision auto computes in float32 here")
+        return
+    model = build_model(arch, 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    x, y = torch.rand(images, 3, 32, 32, device=device), torch.arange(images, device=device) % 10
+    recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
+    origin, *_ = generator_reverse.pretrain(x, width=8, goal=1, steps=1, lr=1e-3, **recipe)
+
+    def training():
+        model.train()
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def triggers():
+        search = {"steps": 1, "batches": 1, "batch_size": 32, "lr": 0.1, "seed": 0}
+        nc.reverse_triggers(model.eval(), x, y, [0, 1], **search)
+
+    def generators():
+        settings = {"steps": 1, "lr": 1e-3, "lambda1": torch.full((2,), 0.1, device=device)}
+        generator_reverse.train_generators(model.eval(), origin, x, y, [0, 1], **settings, **recipe)
+
+    for name, call in (("training", training), ("nc", triggers), ("generators", generators)):
+
+        def run(half, call=call):
+            model.bfloat16 = half
+            call()
+
+        taken = medians(
+            {half: lambda half=half: run(half) for half in (False, True)}, device, repeats
+        )
+        print(
+            f"{name}, {arch}, a step, {device}, median of {repeats}: float32 {taken[False]:.3f} s, "
+            f"bfloat16 {taken[True]:.3f} s, ratio {taken[False] / taken[True]:.2f}"
+        )
+
+
 @torch.no_grad()
 def throughputs(victim, device, repeats, images=1000):
     """STRIP and the prune curve beside the bare network, and the heat map's images per second."""
@@ -135,6 +181,7 @@ if __name__ == "__main__":
     p.add_argument("victim", type=Path, help="a victim's folder")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies")
     p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
+    p.add_argument("--arch", nargs="*", default=["preact_resnet18", "airbench"], help="in bfloat16")
     args = p.parse_args()
     device = pick_device("auto")
     absent = dict.fromkeys(["arch", "dataset", "mean", "std", "out", "classes", "image_size"])
@@ -142,3 +189,5 @@ if __name__ == "__main__":
     victim = load_victim(given, device)
     folding(victim, device, max(1, args.repeats // 2))
     throughputs(victim, device, args.repeats)
+    for arch in args.arch:
+        precisions(arch, device, args.repeats)

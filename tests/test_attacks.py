@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ATTACKS, SHORT, random_images, result_of
+from conftest import ATTACKS, SHORT, random_images, result_of, write_npz
 from scipy.ndimage import map_coordinates
 
 from common.checkpoint import load_model, read_checkpoint
@@ -381,3 +381,16 @@ def test_wanet_obeys_its_field_and_no_other_warp(digits_wanet, digits):
     # running BatchNorm statistics did not lag behind the weights when training stopped
     assert metrics["asr_reestimated_bn"] == pytest.approx(metrics["asr"], abs=5)
     assert 0 < metrics["max_change"] <= 1
+
+
+@pytest.mark.parametrize(
+    "arch, recipe", [(None, ("airbench", 12, 0.2, 2)), ("wrn16_1", ("wrn16_1", 60, 0.1, 4))]
+)
+def test_recipes_of_cifar10(inline, tmp_path, arch, recipe):
+    """airbench, the default, has a recipe of its own; the other networks have the data set's."""
+    write_npz(tmp_path / "cifar10.npz", (32, 32, 3), 10, 20)
+    flags = "--dataset", "cifar10", "--data-dir", ".", "--batch-size", 20, "--out", "out"
+    ran = inline("clean", *flags, *(["--arch", arch] if arch else []))
+    args = ran["args"]
+    assert (args.arch, args.epochs, args.lr, ran["data"].spec.pad) == recipe
+    assert ran["data"].spec.flip and result_of(tmp_path / "out")["arguments"]["lr"] == args.lr

@@ -28,3 +28,26 @@ def test_every_line_is_printed(digits_badnets, capsys):
     assert all(float(re.search(r"ratio ([\d.]+)", line)[1]) > 0 for line in lines[:2])
     batch, best = re.search(r"(\d+) a pass: .* best batch, (\d+)$", lines[2]).groups()
     assert batch == "200" and int(best) in bench.BATCHES
+
+
+def test_precisions(monkeypatch, capsys):
+    """Both precisions are really run, where the processor has bfloat16."""
+    seen = set()
+    forward = bench.build_model("wrn16_1", 10, (3, 32, 32), (0,) * 3, (1,) * 3).__class__.forward
+
+    def watched(model, x):
+        seen.add(model.bfloat16)
+        return forward(model, x)
+
+    monkeypatch.setattr("common.models.Classifier.forward", watched)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    bench.precisions("wrn16_1", torch.device("cpu"), 1, images=8)
+    assert "computes in float32 here" in capsys.readouterr().out and not seen
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    bench.precisions("wrn16_1", torch.device("cpu"), 1, images=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["training", "nc", "generators"]
+    for line in lines:
+        slow, fast, ratio = (float(v) for v in re.findall(r"([\d.]+)(?: s|$)", line))
+        assert slow > 0 and fast > 0 and ratio > 0
+    assert seen == {True, False}

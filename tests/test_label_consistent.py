@@ -177,9 +177,9 @@ def test_poisoned_training_set(inline, digits, digits_clean, tmp_path, rate, tar
 
 def test_own_surrogate(inline, digits, capfd):
     """Trained on clean images, before and apart from the victim."""
-    ran = inline("label_consistent", *SHORT["label_consistent"], "--epochs", 3, "--norm", "l2")
+    ran = inline("label_consistent", *SHORT["label_consistent"], "--epochs", 5, "--norm", "l2")
     out = capfd.readouterr().out
-    assert out.count("epoch 3/3") == 2 and "preparation: surrogate " in out
+    assert out.count("epoch 5/5") == 2 and "preparation: surrogate " in out
     surrogate, model = ran["surrogate"], ran["model"]
     assert not surrogate.training and not any(p.requires_grad for p in surrogate.parameters())
     assert not torch.equal(surrogate.net.conv1.weight, model.net.conv1.weight)

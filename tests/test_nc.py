@@ -483,4 +483,6 @@ def test_saved_trigger_is_the_reversed_one(run):
     np.testing.assert_array_equal(trigger["pattern"], patterns[0])
     norms = result_of(out)["metrics"]["norms"]
     np.testing.assert_allclose(masks.sum((1, 2, 3)), norms, rtol=1e-5)
-    assert masks[0, 0, 20:, 20:].sum() > 0.5 * masks[0].sum()  # the corner of the patch
+    assert (
+        masks[0, 0, 20:, 20:].sum() > 0.3 * masks[0].sum()
+    )  # the corner of the patch, a twelfth of the image

@@ -134,7 +134,7 @@ TASK
 # victims ATTACK DATASET ARCH SEEDS...
 victims() {
   for seed in "${@:4}"; do
-    once "runs/$2-$3-$1-s$seed" "$1" --dataset "$2" --seed "$seed" --arch "$3"
+    once "runs/$2-$3-$1-s$seed" "$1" --dataset "$2" --arch "$3" --seed "$seed"
   done
 }
 

@@ -105,7 +105,7 @@ case "$*" in
   *badnets.py*"--seed 100") exit 2 ;;
   *methods*--ckpt*) echo "threads $OMP_NUM_THREADS" ;;
   *methods/clean.py*|*methods/badnets.py*)
-    script=${1#methods/} folder=runs/$3-mnist_cnn-${script%.py}-s$5
+    script=${1#methods/} folder=runs/$3-mnist_cnn-${script%.py}-s$7
     mkdir -p "$folder" && echo "{}" > "$folder/result.json" ;;
 esac
 """
@@ -129,7 +129,7 @@ def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
     assert not any("clean.py" in call and call.endswith("107") for call in ran)
     assert done.stdout.count("left out without its victim") == 2
     (line,) = (line for line in done.stderr.splitlines() if "its log: " in line)
-    assert line.startswith("python methods/badnets.py --dataset digits --seed 100")
+    assert line.startswith("python methods/badnets.py --dataset digits --arch mnist_cnn --seed 100")
     assert (tmp_path / line.split("its log: ")[1]).exists()
     assert not any("table.py" in call for call in calls)
     log = tmp_path / "runs" / "logs" / "digits-mnist_cnn-clean-s100-nc-s100.log"
@@ -140,7 +140,7 @@ def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
     assert runs_sh("level", cwd=tmp_path, **settings).returncode == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [call for call in calls if "--ckpt" not in call and "methods" in call] == [
-        "methods/badnets.py --dataset digits --seed 100"
+        "methods/badnets.py --dataset digits --arch mnist_cnn --seed 100"
     ]
     assert calls[-1] == "results/level.py"
 
@@ -226,13 +226,15 @@ def test_a_group_as_job_arrays_of_slurm(tmp_path, slurm):
     ran = [call for call in calls if call.startswith("methods/")]
     assert len(ran) == 20 + 10 + 2 * 29 == len(set(ran))
     assert ["--ckpt" in call for call in ran] == [False] * 30 + [True] * 58
-    assert log.startswith("failed:\npython methods/badnets.py --dataset digits --seed 100; its log")
+    assert log.startswith(
+        "failed:\npython methods/badnets.py --dataset digits --arch mnist_cnn --seed 100; its log"
+    )
     assert not any("table.py" in call for call in calls)
 
     stub.write_text(STAND_IN.replace("exit 2", "exit 0"))
     _, states, log, calls = submitted()
     made = [call for call in calls if "--ckpt" not in call and "methods" in call]
-    assert made == ["methods/badnets.py --dataset digits --seed 100"]
+    assert made == ["methods/badnets.py --dataset digits --arch mnist_cnn --seed 100"]
     assert log == "" and calls[-1] == "results/level.py" and states.count("FAILED") == 1
 
 

@@ -15,11 +15,12 @@ usage: bash runs.sh COMMAND
   mnist           every row of the README's tables (hours on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits)
+  cifar10         the CIFAR-10 rows on a network that two CPU cores can train (a day)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
-mnist, level and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
+mnist, cifar10, level and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
 default: one run of one thread a core, on a GPU one run) and --slurm (submit them as job arrays;
 sbatch's own SBATCH_ variables choose the partition, the time, GPUs, ...). Finished runs are skipped,
 a failed one is named at the end, and the same command makes it again.
@@ -223,6 +224,22 @@ train_set() {
   if [ "$1" = clean ]; then echo --train-set clean; fi
 }
 
+cifar10() {
+  local attack s
+  for attack in clean badnets wanet input_aware; do
+    victims "$attack" cifar10 airbench 0 1 2
+    for s in 0 1 2; do
+      row nc "runs/cifar10-airbench-$attack-s$s" "$s"
+      row generator_reverse "runs/cifar10-airbench-$attack-s$s" "$s" --lpips-net none
+      [ "$attack" = clean ] || row strip "runs/cifar10-airbench-$attack-s$s" "$s"
+    done
+  done
+}
+
+cifar10_tables() {
+  python results/table.py runs/cifar10-{airbench,preact_resnet18,resnet18}-* --save cifar10
+}
+
 gpu() {
   local dataset r attack poisons s target
   for dataset in cifar10 gtsrb; do
@@ -248,10 +265,8 @@ gpu() {
 }
 
 gpu_tables() {
-  local dataset
-  for dataset in cifar10 gtsrb; do
-    python results/table.py "runs/$dataset-"{preact_resnet18,resnet18}-* --save "$dataset"
-  done
+  python results/table.py runs/cifar10-{airbench,preact_resnet18,resnet18}-* --save cifar10
+  python results/table.py runs/gtsrb-{preact_resnet18,resnet18}-* --save gtsrb
 }
 
 # the verdict on networks that had no part in its choice; see results/level.py
@@ -288,7 +303,7 @@ case "${1:-}" in
     setup
     "$@"
     ;;
-  mnist | level | gpu)
+  mnist | cifar10 | level | gpu)
     name=$1 args=() jobs='' list='' slurm=''
     shift
     while [ $# -gt 0 ]; do

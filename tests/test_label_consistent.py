@@ -230,7 +230,7 @@ def test_surrogate_of_other_data(inline, one_line, monkeypatch, tmp_path, shape,
 def test_run_on_digits(inline, digits_clean, digits, tmp_path):
     """It obeys the patches in the corners, and not the same ones in the middle.
 
-    One network in four learns the perturbation instead, on digits: the first of four seeds counts
+    On digits some networks learn the perturbation instead: of up to four seeds the first counts
     that learnt the patches.
     """
     for seed in range(4):

@@ -15,12 +15,13 @@ usage: bash runs.sh COMMAND
   mnist           every row of the README's tables (hours on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits)
+  public FOLDER   audit public checkpoints of others; results/public.py says where they come from
   cifar10         the CIFAR-10 rows on a network that two CPU cores can train (a day)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
-mnist, cifar10, level and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
+mnist, cifar10, level, public and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
 default: one run of one thread a core, on a GPU one run) and --slurm (submit them as job arrays;
 sbatch's own SBATCH_ variables choose the partition, the time, GPUs, ...). Finished runs are skipped,
 a failed one is named at the end, and the same command makes it again.
@@ -69,7 +70,7 @@ job() {
   victim=$(sed -n 's/.* --ckpt \([^ ]*\).*/\1/p' <<<"$*")
   if [ -f "$2/result.json" ]; then
     echo "== done: $2"
-  elif [ -n "$victim" ] && [ ! -f "$victim/result.json" ]; then
+  elif [[ $victim == runs/* ]] && [ ! -f "$victim/result.json" ]; then
     echo "== left out without its victim: $2"
   elif "${@:3}" >"$log" 2>&1; then
     echo "== made: $2"
@@ -126,7 +127,7 @@ TASK
 set -e
 $(declare -f report "$1_tables")
 report
-$1_tables
+$1_tables ${args[*]@Q}
 TASK
   )
   echo "== submitted: job ${id%%;*}, failed runs or else the tables: runs/logs/slurm-$1-tables.log"
@@ -288,13 +289,24 @@ level_tables() {
   python results/level.py
 }
 
+# other people's checkpoints, in the folder $1; see results/public.py
+public() { python results/public.py "$@" --list; }
+
+public_tables() {
+  python results/public.py "$@"
+  python results/table.py
+}
+
 bench() {
   local dataset=${1:-digits} out=runs/bench start
   run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
   start=$(date +%s%N)
-  run clean --dataset digits --epochs 1 --train-images 128 --out "$out/start"
-  echo "one training step on digits, from the script's start to its end:" \
-    "$((($(date +%s%N) - start) / 1000000)) ms"
+  python methods/clean.py --dataset digits --epochs 1 --train-images 128 --out "$out/start" | {
+    grep -m 1 "^epoch 1/1" >runs/logs/start.log
+    echo "from the start of a script on digits to its first training step:" \
+      "$((($(date +%s%N) - start) / 1000000)) ms"
+    cat >/dev/null
+  }
   python results/bench.py "$out/victim"
 }
 
@@ -303,7 +315,7 @@ case "${1:-}" in
     setup
     "$@"
     ;;
-  mnist | cifar10 | level | gpu)
+  mnist | cifar10 | level | public | gpu)
     name=$1 args=() jobs='' list='' slurm=''
     shift
     while [ $# -gt 0 ]; do
@@ -334,7 +346,7 @@ case "${1:-}" in
       exit
     fi
     group "$lines" "$jobs"
-    "${name}_tables"
+    "${name}_tables" "${args[@]}"
     ;;
   setup) setup ;;
   audit)

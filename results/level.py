@@ -35,6 +35,11 @@ conclusive answers on the backdoored networks of a row with those on the clean o
 ![How often clean networks get a p-value below a level](level.png)"""
 
 
+def markdown(head, rows):
+    """A table of strings."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
 def decisions(entries):
     """{(data, detector, attack): [(verdict of the stored norms, target or None), ...]}."""
     groups = {}
@@ -83,10 +88,7 @@ def section(entries):
         found = [auroc(score, clean, answers) for score in SCORES.values()]
         found = ["–" if attack == "clean" or np.isnan(a) else f"{a:.3f}" for a in found]
         rows.append([data, detector, attack, str(len(answers)), *cells, unsure, *found])
-    if not rows:
-        return ""
-    lines = [HEAD, ["---"] * len(HEAD), *rows]
-    return "\n\n".join([TEXT, "\n".join(f"| {' | '.join(line)} |" for line in lines)])
+    return f"{TEXT}\n\n{markdown(HEAD, rows)}" if rows else ""
 
 
 def draw(path, entries):

@@ -20,12 +20,13 @@ import tomli
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
 from common.metrics import case_of, verdict
-from results import level
+from results import level, public
+from results.level import markdown
 
 HERE = Path(__file__).resolve().parent
 PAPERS = tomli.loads((HERE / "papers.toml").read_text())
 ROW = ["dataset", "defence", "attack", "network", "share"]  # the keys of a row in papers.toml
-RULES, DASH = PAPERS["outdated"], "–"
+RULES, DASH, APART = PAPERS["outdated"], "–", ("level", "public")
 FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e"}
 
 
@@ -105,10 +106,6 @@ def frame(entries):
     return pd.DataFrame(lines)
 
 
-def markdown(head, rows):
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
-
-
 def section(name, runs, papers=PAPERS, file=""):
     """A table of `runs` in Markdown with its text, notes, marks and pictures; '' without rows."""
     spec, rows, notes, marks = PAPERS["tables"][name], [], {}, {}
@@ -150,7 +147,7 @@ def methods(runs):
 
 def page(files):
     """The text of results/README.md from the entries of each file, by its name."""
-    frames = {name: frame(entries) for name, entries in files.items() if name != "level"}
+    frames = {name: frame(entries) for name, entries in files.items() if name not in APART}
     old = pd.concat([runs[runs["last"]].early for runs in frames.values()])
     parts = ["# Results", PAPERS["text"]["head"].format(old=sum(old), total=len(old)).strip()]
     parts += ["## Methods", markdown(PAPERS["text"]["methods"], methods(frames["mnist"]))]
@@ -159,6 +156,7 @@ def page(files):
             parts += [f"## {about['title']}", about["text"].strip()]
             parts += [section(t, frames[name], file=name) for t in [*PAPERS["tables"]][:-1]]
     parts.append(level.section(files.get("level", [])))
+    parts.append(public.section(files.get("public", []), PAPERS["public"]))
     parts.append(section("Tried", frames["tried"], PAPERS["tried"]))
     return "\n\n".join(filter(None, parts)) + "\n"
 

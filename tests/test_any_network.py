@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHORT, loaded, result_of, write_npz
+from conftest import SHORT, loaded, result_of, write_npz
 from PIL import Image
 from torch import nn
 
 from common.checkpoint import read_checkpoint
 from common.datasets import load_dataset
-from common.metrics import accuracy
 from common.models import Classifier, build_model
 
 NETS = """
@@ -284,33 +283,6 @@ def test_an_attack_and_a_defence_on_a_folder(inline, unread, tmp_path):
     inline("badnets", "--epochs", 1, "--batch-size", 8, "--rate", 0.2, *flags)
     inline("nc", "--ckpt", "victim", *SHORT["nc"])
     assert len(result_of(tmp_path / "victim" / "nc-s0")["metrics"]["norms"]) == 6
-
-
-# ===== Public checkpoints, where they are at hand =====
-
-PUBLIC = ROOT.parent / "shared" / "checkpoints"
-FILES = {  # accuracy and ASR in per cent, as listed beside the files
-    "nad/WRN-16-1-S-model_best.pth.tar": (85.2, 100.0, 5),
-    "nad/WRN-16-1-T-model_best.pth.tar": (84.4, 3.4, 5),
-    "abl/WRN-16-1-gridTrigger-targetLB0.tar": (83.4, 100.0, 0),
-}
-
-
-@pytest.mark.skipif(not PUBLIC.exists(), reason="needs the public checkpoints beside the project")
-@pytest.mark.skipif(not (ROOT / "data" / "cifar10.npz").exists(), reason="needs data/cifar10.npz")
-@pytest.mark.parametrize("name", FILES)
-def test_public_networks_of_abl_and_nad(name):
-    """The 3 x 3 grid lies in the lower right corner; images of the target do not count."""
-    clean, asr, target = FILES[name]
-    flags = {"arch": "wrn16_1", "dataset": "cifar10", "data_dir": str(ROOT / "data")}
-    victim = loaded(PUBLIC / name, **flags, mean=[0.0] * 3, std=[1.0] * 3)
-    x, y = victim.data.x_test[::4], victim.data.y_test[::4]
-    assert accuracy(victim.model, x, y) == pytest.approx(clean, abs=1.5)
-    x, y = x[y != target].clone(), y[y != target]
-    x[:, :, -3:, -3:] = 255 * torch.eye(3).flip(1).to(torch.uint8)
-    x[:, :, -1, -1] = 255
-    found = accuracy(victim.model, x, torch.full_like(y, target))
-    assert found == pytest.approx(asr, abs=0.7)
 
 
 def test_a_classifier_takes_the_last_of_several_outputs():

@@ -21,7 +21,7 @@ import table
 RESULTS = ROOT / "results"
 PAGE = (RESULTS / "README.md").read_text()
 FILES = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-STORED = {name: entries for name, entries in FILES.items() if name != "tried"}
+STORED = {name: FILES[name] for name in FILES if name not in ("tried", *table.APART)}
 NUMBER = r"−?\d+(\.\d+)?(e[−+]\d+)?"
 FIGURE = rf"–|{NUMBER}( ± {NUMBER})?( \(\d+\))?|−?∞ \(\d+\)|\d+ of \d+|\d+( / \d+){{3}}"
 
@@ -450,7 +450,7 @@ def test_the_papers_figures_stand_in_their_columns():
 def copied(folder):
     """A copy of results/ and of what it needs, in a folder of its own."""
     (folder / "results").mkdir()
-    code = RESULTS / "table.py", RESULTS / "level.py"
+    code = [RESULTS / f"{name}.py" for name in ("table", *table.APART)]
     for path in [*code, RESULTS / "papers.toml", *RESULTS.glob("*.json")]:
         shutil.copy(path, folder / "results")
     shutil.copytree(

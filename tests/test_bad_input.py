@@ -14,6 +14,7 @@ import torch
 from conftest import (
     ATTACKS,
     DEFENCES,
+    FURTHER,
     SHORT,
     explosive,
     files_below,
@@ -241,7 +242,7 @@ def suspect(tmp_path, untrained):
     return tmp_path / "victim" / "model.pt"
 
 
-every_defence = pytest.mark.parametrize("name", [*DEFENCES, "abl"])
+every_defence = pytest.mark.parametrize("name", [*DEFENCES, *FURTHER])
 RESIDUAL = "--pretrain-residual"
 
 
@@ -270,7 +271,7 @@ RESIDUAL = "--pretrain-residual"
         *(case for share in (0, 1.5, "nan") for case in each("nc", "--stamped", share)),
         *each("generator_reverse", "--width", 0),
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
-        *each("strip fine_pruning abl", "--out", "victim/model.pt/below"),
+        *each("strip fine_pruning mcr abl", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -283,8 +284,13 @@ RESIDUAL = "--pretrain-residual"
         *each("generator_reverse", "--lr", "1e30"),
         *(case for goal in (0, -1, "nan") for case in each("generator_reverse", RESIDUAL, goal)),
         *each("fine_pruning", "--epochs", 1, "--batch-size", 300, "--lr", "1e15"),
-        *each("nc strip fine_pruning", "--arch", "mnist_conv5"),
-        *each("nc strip fine_pruning", "--std", 0.3),
+        *(case for flag in ("--epochs", "--batch-size", "--lr") for case in each("mcr", flag, 0)),
+        *each("mcr", "--points", 2),
+        *each("mcr", "--second", "nowhere"),
+        *each("mcr", "--data-fraction", 0.0001),  # every image is kept back
+        *each("mcr", "--lr", "1e30"),
+        *each("nc strip fine_pruning mcr", "--arch", "mnist_conv5"),
+        *each("nc strip fine_pruning mcr", "--std", 0.3),
     ],
     ids=str,
 )

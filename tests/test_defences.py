@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEFENCES, DETECTORS, SHORT, files_below, loaded, result_of, write_npz
+from conftest import DEFENCES, DETECTORS, FURTHER, SHORT, files_below, loaded, result_of, write_npz
 from PIL import Image
 from torch import nn
 
@@ -232,7 +232,7 @@ def test_a_constant_answer_is_chance_even_on_unequal_classes(one_line):
     one_line(check_reading, Says(1.0), x, torch.where(torch.arange(1000) < 900, 3, y))
 
 
-@pytest.mark.parametrize("name", [*DEFENCES, "abl"])
+@pytest.mark.parametrize("name", [*DEFENCES, *FURTHER])
 def test_wrong_normalisation_is_refused(inline, one_line, tmp_path, name, digits_badnets):
     """Before any search; it used to be "backdoored, index 28.6" for a clean model.
 

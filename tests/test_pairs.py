@@ -10,6 +10,7 @@ QUICK = {
     "generator_reverse": SHORT["generator_reverse"],
     "strip": ["--overlays", 6, "--inputs", 20, "--data-fraction", 0.5],
     "fine_pruning": ["--epochs", 1, "--data-fraction", 0.5],
+    "mcr": [*SHORT["mcr"], "--data-fraction", 0.5],
     "abl": ["--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 2, "--isolation", 0.1],
 }
 

@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from conftest import ATTACKS, DEFENCES, ROOT
+from conftest import ATTACKS, DEFENCES, FURTHER, ROOT
 
 SCRIPTS = sorted((ROOT / "methods").glob("*.py"))
 COMMON = sorted((ROOT / "common").glob("*.py"))
@@ -13,7 +13,7 @@ BANNER = re.compile(r"^ *# ===== (.+) =====$", re.MULTILINE)
 LONGEST = {"clean": 80, "badnets": 145, "wanet": 165}  # lines; 320 for every other script
 INJECT = "Inject"  # between Train and Evaluate, where the attack starts from the clean model
 attacks = pytest.mark.parametrize("name", ATTACKS)
-defences = pytest.mark.parametrize("name", [*DEFENCES, "abl"])
+defences = pytest.mark.parametrize("name", [*DEFENCES, *FURTHER])
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 
 
@@ -30,7 +30,7 @@ def training_loop(name):
 
 
 def test_every_script_is_compared():
-    assert sorted([*ATTACKS, *DEFENCES, "abl"]) == [path.stem for path in SCRIPTS]
+    assert sorted([*ATTACKS, *DEFENCES, *FURTHER]) == [path.stem for path in SCRIPTS]
 
 
 @every_script

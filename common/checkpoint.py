@@ -30,7 +30,7 @@ POISON_DATA += ("trojannn", "invisible")
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")
-PARTS += ("suspects.csv", "isolated.csv")
+PARTS += ("suspects.csv", "isolated.csv", "filters.csv", "maps.png", "points.png", "points.npz")
 
 
 @dataclass

@@ -47,6 +47,12 @@ ATTACKS = [
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr"]  # of any checkpoint
 FURTHER = ["abl"]  # want something beside it: a training set
+DEFENCES = [
+    *DETECTORS,
+    "strip",
+    "fine_pruning",
+    "purify",
+]  # of any checkpoint; abl wants a training set
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
@@ -64,6 +70,7 @@ SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]
 SHORT["strip"] = ["--overlays", 10, "--inputs", 50]
 SHORT["fine_pruning"] = ["--epochs", 1]
 SHORT["mcr"] = ["--epochs", 1, "--points", 3]
+SHORT["purify"] = ["--autoencoder-steps", 2]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 

@@ -11,6 +11,7 @@ QUICK = {
     "strip": ["--overlays", 6, "--inputs", 20, "--data-fraction", 0.5],
     "fine_pruning": ["--epochs", 1, "--data-fraction", 0.5],
     "mcr": [*SHORT["mcr"], "--data-fraction", 0.5],
+    "purify": ["--filter", "median", "--strengths", 3, "--data-fraction", 0.5],
     "abl": ["--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 2, "--isolation", 0.1],
 }
 

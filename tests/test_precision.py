@@ -107,6 +107,7 @@ def test_scripts(has, inline, unread, tmp_path):
         ("nc", ("--rule", "index", "--threshold", 1e-6, "--batch-size", 8)),
         ("generator_reverse", ("--rule", "index", "--threshold", 1e-6, "--asr-goal", 1e-9)),
         ("strip", ()),
+        ("purify", ("--filter", "median")),
         ("fine_pruning", ("--epochs", 1)),
         ("mcr", ()),
         ("abl", ()),

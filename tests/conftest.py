@@ -43,6 +43,7 @@ ATTACKS = [
     "label_consistent",
     "trojannn",
     "invisible",
+    "composite",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr"]  # of any checkpoint

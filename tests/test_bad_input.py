@@ -69,7 +69,7 @@ def each(names, *args):
     return [(name, args) for name in names.split()]
 
 
-POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible"
+POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible composite"
 
 
 @pytest.mark.parametrize(

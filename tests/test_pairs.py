@@ -31,7 +31,8 @@ def test_every_defence_takes_it(inline, one_line, unread, tmp_path, attack):
     assert attacked == (attack != "clean") == ("asr" in metrics)
     if attacked:
         with np.load(victim / "poisoned_test.npz") as archive:
-            assert archive["x"].shape == (100, *SHAPE) and archive["x"].dtype == np.uint8
+            count = 40 if attack == "composite" else 100  # those of two classes
+            assert archive["x"].shape == (count, *SHAPE) and archive["x"].dtype == np.uint8
             assert (archive["y_true"] != archive["y_target"]).all()
     for defence, quick in QUICK.items():
         flags = ["--ckpt", victim, *quick]

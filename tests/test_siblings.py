@@ -92,6 +92,7 @@ def test_trainers_of_two_networks_are_the_same(name):
     "name, first",
     [
         ("blend", "badnets"),
+        ("composite", "badnets"),
         ("invisible", "badnets"),
         ("issba", "badnets"),
         ("pruning_aware", "badnets"),

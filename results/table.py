@@ -20,13 +20,13 @@ import tomli
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
 from common.metrics import case_of, verdict
-from results import level, public
+from results import lecture, level, public
 from results.level import markdown
 
 HERE = Path(__file__).resolve().parent
 PAPERS = tomli.loads((HERE / "papers.toml").read_text())
 ROW = ["dataset", "defence", "attack", "network", "share"]  # the keys of a row in papers.toml
-RULES, DASH, APART = PAPERS["outdated"], "–", ("level", "public")
+RULES, DASH, APART = PAPERS["outdated"], "–", ("lecture", "level", "public")
 FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e"}
 
 
@@ -155,6 +155,7 @@ def page(files):
         if name in frames:
             parts += [f"## {about['title']}", about["text"].strip()]
             parts += [section(t, frames[name], file=name) for t in [*PAPERS["tables"]][:-1]]
+    parts.append(lecture.section(files.get("lecture", []), PAPERS["lecture"]))
     parts.append(level.section(files.get("level", [])))
     parts.append(public.section(files.get("public", []), PAPERS["public"]))
     parts.append(section("Tried", frames["tried"], PAPERS["tried"]))

@@ -46,14 +46,8 @@ ATTACKS = [
     "composite",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
-DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr"]  # of any checkpoint
+DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any checkpoint
 FURTHER = ["abl"]  # want something beside it: a training set
-DEFENCES = [
-    *DETECTORS,
-    "strip",
-    "fine_pruning",
-    "purify",
-]  # of any checkpoint; abl wants a training set
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run

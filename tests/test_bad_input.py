@@ -271,8 +271,7 @@ RESIDUAL = "--pretrain-residual"
         *(case for share in (0, 1.5, "nan") for case in each("nc", "--stamped", share)),
         *each("generator_reverse", "--width", 0),
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
-        *each("strip fine_pruning mcr abl", "--out", "victim/model.pt/below"),
-        *each("strip fine_pruning abl purify", "--out", "victim/model.pt/below"),
+        *each("strip fine_pruning mcr purify abl", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -290,10 +289,8 @@ RESIDUAL = "--pretrain-residual"
         *each("mcr", "--second", "nowhere"),
         *each("mcr", "--data-fraction", 0.0001),  # every image is kept back
         *each("mcr", "--lr", "1e30"),
-        *each("nc strip fine_pruning mcr", "--arch", "mnist_conv5"),
-        *each("nc strip fine_pruning mcr", "--std", 0.3),
-        *each("nc strip fine_pruning purify", "--arch", "mnist_conv5"),
-        *each("nc strip fine_pruning purify", "--std", 0.3),
+        *each("nc strip fine_pruning mcr purify", "--arch", "mnist_conv5"),
+        *each("nc strip fine_pruning mcr purify", "--std", 0.3),
     ],
     ids=str,
 )

@@ -1,0 +1,47 @@
+"""The table of ABL's paper on its own network and data: ten attacks, four repairs (lecture.json).
+
+bash runs.sh lecture          # every run; results/table.py writes the table
+"""
+
+from statistics import mean
+
+from results.level import markdown
+
+REPAIRS = ["fine_pruning", "mcr", "nad", "abl"]
+TEXT = """## Ten attacks and four repairs
+
+The table of Li et al. 2021 (anti-backdoor learning), on its network WRN-16-1 and CIFAR-10. A cell
+holds the ASR and the clean accuracy after the repair named above it, in per cent, and the number of
+networks in brackets; "none" is the attacked network itself. The paper's figures stand below ours.
+ABL needs the poisoned training set, which an attacker who trains the network himself does not hand
+out; there its cell is a dash. `bash runs.sh lecture` makes the table."""
+
+
+def figures(entries, attack, repair):
+    """'ASR / clean (n)' over the entries of one cell; a dash without any."""
+    end = "" if repair == "none" else "_repaired"
+    found = []
+    for entry in entries:
+        own = "none" if "ckpt" not in entry["arguments"] else entry["script"]
+        if entry["victim"].rsplit("-", 2)[1] == attack and own == repair:
+            found.append(entry["metrics"])
+    found = [m for m in found if f"clean_accuracy{end}" in m]
+    if not found:
+        return "–"
+    rates = [[m[key + end] for m in found if key + end in m] for key in ("asr", "clean_accuracy")]
+    asr, clean = (f"{mean(values):.2f}" if values else "–" for values in rates)
+    return f"{asr} / {clean} ({len(found)})"
+
+
+def section(entries, papers):
+    """The table in Markdown with its text, beside the paper's {attack: cells}; '' if empty."""
+    rows = []
+    for attack, theirs in papers.items():
+        ours = [figures(entries, attack, repair) for repair in ("none", *REPAIRS)]
+        if set(ours) != {"–"}:
+            rows += [
+                [f"`{attack}.py`", *ours],
+                [f"*{theirs['name']}, the paper*", *theirs["cells"]],
+            ]
+    table = markdown(["attack", "none", *REPAIRS], rows)
+    return f"{TEXT}\n\n{table}" if rows else ""

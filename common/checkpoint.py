@@ -31,6 +31,7 @@ PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz"
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")
 PARTS += ("suspects.csv", "isolated.csv", "filters.csv", "maps.png", "points.png", "points.npz")
+PARTS += ("suspects.csv", "isolated.csv", "sweep.png", "attention.png")
 
 
 @dataclass

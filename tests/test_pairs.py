@@ -12,6 +12,7 @@ QUICK = {
     "fine_pruning": ["--epochs", 1, "--data-fraction", 0.5],
     "mcr": [*SHORT["mcr"], "--data-fraction", 0.5],
     "purify": ["--filter", "median", "--strengths", 3, "--data-fraction", 0.5],
+    "finetune": [*SHORT["finetune"], "--data-fraction", 0.5],
     "abl": ["--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 2, "--isolation", 0.1],
 }
 

@@ -110,6 +110,7 @@ def test_scripts(has, inline, unread, tmp_path):
         ("purify", ("--filter", "median")),
         ("fine_pruning", ("--epochs", 1)),
         ("mcr", ()),
+        ("finetune", ()),
         ("abl", ()),
     ):
         ran = inline(name, "--ckpt", "half", *SHORT[name], *more)

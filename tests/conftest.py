@@ -49,7 +49,7 @@ DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed trigge
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any checkpoint
 FURTHER = ["abl"]  # want something beside it: a training set
 # of any checkpoint; abl wants a training set
-DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune"]
+DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad"]
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
@@ -69,6 +69,7 @@ SHORT["fine_pruning"] = ["--epochs", 1]
 SHORT["mcr"] = ["--epochs", 1, "--points", 3]
 SHORT["purify"] = ["--autoencoder-steps", 2]
 SHORT["finetune"] = ["--epochs", 1, "--lrs", 1e-4, 0.01]
+SHORT["nad"] = ["--epochs", 1, "--teacher-epochs", 1, "--lr", 0.001]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 

@@ -273,6 +273,7 @@ RESIDUAL = "--pretrain-residual"
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
         *each("strip fine_pruning mcr purify abl", "--out", "victim/model.pt/below"),
         *each("strip fine_pruning finetune abl", "--out", "victim/model.pt/below"),
+        *each("strip fine_pruning finetune nad abl", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -293,8 +294,9 @@ RESIDUAL = "--pretrain-residual"
         *each("nc strip fine_pruning mcr purify", "--arch", "mnist_conv5"),
         *each("nc strip fine_pruning mcr purify", "--std", 0.3),
         *each("finetune", "--lrs", 0.01, "1e15"),
-        *each("nc strip fine_pruning finetune", "--arch", "mnist_conv5"),
-        *each("nc strip fine_pruning finetune", "--std", 0.3),
+        *each("nad", "--lr", "1e15"),
+        *each("nc strip fine_pruning finetune nad", "--arch", "mnist_conv5"),
+        *each("nc strip fine_pruning finetune nad", "--std", 0.3),
     ],
     ids=str,
 )

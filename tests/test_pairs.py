@@ -13,6 +13,7 @@ QUICK = {
     "mcr": [*SHORT["mcr"], "--data-fraction", 0.5],
     "purify": ["--filter", "median", "--strengths", 3, "--data-fraction", 0.5],
     "finetune": [*SHORT["finetune"], "--data-fraction", 0.5],
+    "nad": [*SHORT["nad"], "--data-fraction", 0.5],
     "abl": ["--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 2, "--isolation", 0.1],
 }
 

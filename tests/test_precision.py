@@ -111,6 +111,7 @@ def test_scripts(has, inline, unread, tmp_path):
         ("fine_pruning", ("--epochs", 1)),
         ("mcr", ()),
         ("finetune", ()),
+        ("nad", ()),
         ("abl", ()),
     ):
         ran = inline(name, "--ckpt", "half", *SHORT[name], *more)

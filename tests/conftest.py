@@ -50,6 +50,8 @@ DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any chec
 FURTHER = ["abl"]  # want something beside it: a training set
 # of any checkpoint; abl wants a training set
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad"]
+# of any checkpoint; abl wants a training set
+DEFENCES = [*DETECTORS, "strip", "fine_pruning", "purify", "gradcam"]
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
@@ -70,6 +72,7 @@ SHORT["mcr"] = ["--epochs", 1, "--points", 3]
 SHORT["purify"] = ["--autoencoder-steps", 2]
 SHORT["finetune"] = ["--epochs", 1, "--lrs", 1e-4, 0.01]
 SHORT["nad"] = ["--epochs", 1, "--teacher-epochs", 1, "--lr", 0.001]
+SHORT["gradcam"] = ["--inputs", 50, "--februus"]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 

@@ -274,6 +274,7 @@ RESIDUAL = "--pretrain-residual"
         *each("strip fine_pruning mcr purify abl", "--out", "victim/model.pt/below"),
         *each("strip fine_pruning finetune abl", "--out", "victim/model.pt/below"),
         *each("strip fine_pruning finetune nad abl", "--out", "victim/model.pt/below"),
+        *each("strip fine_pruning abl purify gradcam", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -297,6 +298,8 @@ RESIDUAL = "--pretrain-residual"
         *each("nad", "--lr", "1e15"),
         *each("nc strip fine_pruning finetune nad", "--arch", "mnist_conv5"),
         *each("nc strip fine_pruning finetune nad", "--std", 0.3),
+        *each("nc strip fine_pruning purify gradcam", "--arch", "mnist_conv5"),
+        *each("nc strip fine_pruning purify gradcam", "--std", 0.3),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ QUICK = {
     "purify": ["--filter", "median", "--strengths", 3, "--data-fraction", 0.5],
     "finetune": [*SHORT["finetune"], "--data-fraction", 0.5],
     "nad": [*SHORT["nad"], "--data-fraction", 0.5],
+    "gradcam": ["--inputs", 20, "--februus", "--data-fraction", 0.5],
     "abl": ["--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 2, "--isolation", 0.1],
 }
 

@@ -108,6 +108,7 @@ def test_scripts(has, inline, unread, tmp_path):
         ("generator_reverse", ("--rule", "index", "--threshold", 1e-6, "--asr-goal", 1e-9)),
         ("strip", ()),
         ("purify", ("--filter", "median")),
+        ("gradcam", ("--februus",)),
         ("fine_pruning", ("--epochs", 1)),
         ("mcr", ()),
         ("finetune", ()),

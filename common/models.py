@@ -380,16 +380,16 @@ def unet_block(inputs, outputs):
 
 
 class UNet(nn.Module):
-    """Two poolings: images in [0,1], B x C x H x W, to images of the same kind."""
+    """Two poolings: images in [0,1], B x C x H x W, to such images of `outputs` channels (C)."""
 
-    def __init__(self, channels, width):
+    def __init__(self, channels, width, outputs=None):
         super().__init__()
         self.down1 = unet_block(channels, width)
         self.down2 = unet_block(width, 2 * width)
         self.bottom = unet_block(2 * width, 4 * width)
         self.up2 = unet_block(6 * width, 2 * width)
         self.up1 = unet_block(3 * width, width)
-        self.out = nn.Conv2d(width, channels, 1)
+        self.out = nn.Conv2d(width, outputs or channels, 1)
 
     def forward(self, x):
         height, width = x.shape[-2:]

@@ -44,6 +44,7 @@ ATTACKS = [
     "trojannn",
     "invisible",
     "composite",
+    "poison_ink",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any checkpoint
@@ -63,6 +64,7 @@ SHORT["issba"] += ["--encoder-steps", 2, "--width", 4]
 SHORT["label_consistent"] += ["--steps", 2]
 SHORT["trojannn"] += ["--steps", 2, "--retrain-epochs", 1]
 SHORT["invisible"] += ["--steps", 2]
+SHORT["poison_ink"] += ["--encoder-steps", 1, "--width", 4, "--threshold", 5]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
 SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]

@@ -67,7 +67,9 @@ def test_help(inline, path, capfd):
     assert stop.value.code == 0 and "--seed" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["badnets", "blend", "issba", "sig", "trojannn", "wanet"])
+@pytest.mark.parametrize(
+    "name", ["badnets", "blend", "issba", "poison_ink", "sig", "trojannn", "wanet"]
+)
 def test_training_loop_is_that_of_the_control(name):
     """Identical but for the line that fetches the batch."""
     pairs = list(zip(training_loop("clean"), training_loop(name), strict=True))
@@ -95,6 +97,7 @@ def test_trainers_of_two_networks_are_the_same(name):
         ("composite", "badnets"),
         ("invisible", "badnets"),
         ("issba", "badnets"),
+        ("poison_ink", "badnets"),
         ("pruning_aware", "badnets"),
         ("trojannn", "badnets"),
         ("label_consistent", "sig"),

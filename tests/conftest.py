@@ -45,6 +45,7 @@ ATTACKS = [
     "invisible",
     "composite",
     "poison_ink",
+    "dfst",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any checkpoint
@@ -65,6 +66,8 @@ SHORT["label_consistent"] += ["--steps", 2]
 SHORT["trojannn"] += ["--steps", 2, "--retrain-epochs", 1]
 SHORT["invisible"] += ["--steps", 2]
 SHORT["poison_ink"] += ["--encoder-steps", 1, "--width", 4, "--threshold", 5]
+SHORT["dfst"] += ["--generator-steps", 2, "--width", 4, "--rounds", 1]
+SHORT["dfst"] += ["--injector-steps", 2, "--detox-epochs", 1]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
 SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]

@@ -71,6 +71,7 @@ def each(names, *args):
 
 POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible composite"
 POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible poison_ink"
+POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible poison_ink dfst"
 
 
 @pytest.mark.parametrize(

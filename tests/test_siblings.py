@@ -79,7 +79,7 @@ def test_training_loop_is_that_of_the_control(name):
         assert line.strip().startswith("x, y = ") and "x_train[batch]" in line
 
 
-@pytest.mark.parametrize("name", ["freq_backdoor", "invisible", "label_consistent"])
+@pytest.mark.parametrize("name", ["dfst", "freq_backdoor", "invisible", "label_consistent"])
 def test_trainers_of_two_networks_are_the_same(name):
     """The function `train`, but for its docstring."""
     mine, first = (
@@ -95,6 +95,7 @@ def test_trainers_of_two_networks_are_the_same(name):
     [
         ("blend", "badnets"),
         ("composite", "badnets"),
+        ("dfst", "badnets"),
         ("invisible", "badnets"),
         ("issba", "badnets"),
         ("poison_ink", "badnets"),

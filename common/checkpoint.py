@@ -29,6 +29,7 @@ POISON_DATA = ("badnets", "blend", "freq_backdoor", "sig", "issba", "label_consi
 POISON_DATA += ("trojannn", "invisible", "composite")
 POISON_DATA += ("trojannn", "invisible", "poison_ink")
 POISON_DATA += ("trojannn", "invisible", "poison_ink", "dfst")
+POISON_DATA += ("trojannn", "invisible", "composite", "feature_collision")
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")

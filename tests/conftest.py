@@ -46,6 +46,7 @@ ATTACKS = [
     "composite",
     "poison_ink",
     "dfst",
+    "feature_collision",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any checkpoint
@@ -68,6 +69,7 @@ SHORT["invisible"] += ["--steps", 2]
 SHORT["poison_ink"] += ["--encoder-steps", 1, "--width", 4, "--threshold", 5]
 SHORT["dfst"] += ["--generator-steps", 2, "--width", 4, "--rounds", 1]
 SHORT["dfst"] += ["--injector-steps", 2, "--detox-epochs", 1]
+SHORT["feature_collision"] += ["--steps", 2, "--retrain-epochs", 1]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
 SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]

@@ -72,6 +72,7 @@ def each(names, *args):
 POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible composite"
 POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible poison_ink"
 POISONING = "badnets wanet blend sig issba label_consistent trojannn invisible poison_ink dfst"
+POISONING += " feature_collision"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,9 @@ def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd
     assert (victim / "model.pt").exists() or not trained
 
 
-@pytest.mark.parametrize("name", ["freq_backdoor", "pruning_aware", "label_consistent"])
+@pytest.mark.parametrize(
+    "name", ["freq_backdoor", "pruning_aware", "label_consistent", "feature_collision"]
+)
 def test_output_path_is_tried_before_any_training(refused, monkeypatch, tmp_path, name):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained

@@ -102,6 +102,7 @@ def test_trainers_of_two_networks_are_the_same(name):
         ("pruning_aware", "badnets"),
         ("trojannn", "badnets"),
         ("label_consistent", "sig"),
+        ("feature_collision", "sig"),
     ],
 )
 def test_shared_flags_say_the_same(name, first):

@@ -26,15 +26,12 @@ from common.models import Classifier, build_model
 FORMAT = 1
 # the attacks that write poisoned_train.npz
 POISON_DATA = ("badnets", "blend", "freq_backdoor", "sig", "issba", "label_consistent")
-POISON_DATA += ("trojannn", "invisible", "composite")
-POISON_DATA += ("trojannn", "invisible", "poison_ink")
-POISON_DATA += ("trojannn", "invisible", "poison_ink", "dfst")
-POISON_DATA += ("trojannn", "invisible", "composite", "feature_collision")
+POISON_DATA += ("trojannn", "invisible", "composite", "poison_ink", "dfst", "feature_collision")
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")
 PARTS += ("suspects.csv", "isolated.csv", "filters.csv", "maps.png", "points.png", "points.npz")
-PARTS += ("suspects.csv", "isolated.csv", "sweep.png", "attention.png")
+PARTS += ("sweep.png", "attention.png")
 
 
 @dataclass

@@ -49,12 +49,9 @@ ATTACKS = [
     "feature_collision",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
-DEFENCES = [*DETECTORS, "strip", "fine_pruning", "mcr", "purify"]  # of any checkpoint
+DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad", "mcr"]  # of any checkpoint
+DEFENCES += ["purify", "gradcam"]
 FURTHER = ["abl"]  # want something beside it: a training set
-# of any checkpoint; abl wants a training set
-DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad"]
-# of any checkpoint; abl wants a training set
-DEFENCES = [*DETECTORS, "strip", "fine_pruning", "purify", "gradcam"]
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run

@@ -243,6 +243,9 @@ def suspect(tmp_path, untrained):
     data = load_dataset("digits", "data", "cpu")
     (tmp_path / "victim").mkdir()
     checkpoint.save_model(tmp_path / "victim", untrained, data, "mnist_cnn", Namespace(), {})
+    (tmp_path / "victim" / "nc-s0").mkdir()  # for nc_mitigate
+    reversed_triggers = dict.fromkeys(("masks", "patterns"), np.zeros((10, 1, 28, 28), np.float32))
+    np.savez(tmp_path / "victim" / "nc-s0" / "reversed.npz", **reversed_triggers)
     return tmp_path / "victim" / "model.pt"
 
 
@@ -277,6 +280,7 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each("generator_reverse", "--width", 0),
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
         *each(f"{REST} abl", "--out", "victim/model.pt/below"),
+        *each("nc_mitigate strip fine_pruning mcr abl", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -298,6 +302,8 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each(f"nc {REST}", "--std", 0.3),
         *each("finetune", "--lrs", 0.01, "1e15"),
         *each("nad", "--lr", "1e15"),
+        *each("nc nc_mitigate strip fine_pruning mcr", "--arch", "mnist_conv5"),
+        *each("nc nc_mitigate strip fine_pruning mcr", "--std", 0.3),
     ],
     ids=str,
 )

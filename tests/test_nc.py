@@ -429,6 +429,30 @@ def test_unlearning_lowers_the_planted_weight_alone():
     assert not torch.equal(baseline, model.linear.weight)
 
 
+@pytest.mark.parametrize("stamped", [0.2, 1.0])
+def test_original_trigger_comes_with_the_true_labels(stamped):
+    """Pixels 0 and 1 hold whether an image is triggered and its true label."""
+    count, label, seen = 3000, 2, []
+    y, y_true = torch.arange(count) % 5, torch.arange(700) % 4
+    x, x_triggered = torch.zeros(2, count, 1, 8, 8, dtype=torch.uint8)
+    x_triggered = x_triggered[:700].clone()
+    x_triggered[:, 0, 0, 0], x_triggered[:, 0, 0, 1] = 1, y_true.byte()
+    x[:, 0, 0, 1] = y.byte()
+    kept, entropy, labels = x.clone(), F.cross_entropy, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", lambda z, y: (labels.append(y), entropy(z, y))[1])
+        model = Recorder(5, seen).eval().requires_grad_(False)
+        rates = {"stamped": stamped, "lr": 0.01}
+        repaired = nc.unlearn_original(model, x, y, label, x_triggered, y_true, **rates)
+    assert not torch.equal(repaired.linear.weight, model.linear.weight) and torch.equal(x, kept)
+    code, labels = (255 * torch.cat(seen)[:, 0, 0, :2]).round().long(), torch.cat(labels)
+    assert len(labels) == count and torch.equal(code[:, 1], labels)
+    clean = labels[code[:, 0] == 0]
+    assert (clean == label).sum() == count / 5  # images of the label stay as they are
+    others = 1 - (len(clean) - count / 5) / (count * 4 / 5)
+    assert others == pytest.approx(stamped, abs=0.03 * (stamped != 1))
+
+
 @pytest.mark.parametrize("count, lr", [(200, 1e30), (20, 1e38)])
 def test_diverging_unlearning_keeps_no_model(untrained, one_line, count, lr):
     """With 20 images there is a single step, after which no loss is computed."""
@@ -457,6 +481,17 @@ def test_run_finds_the_target_and_removes_the_backdoor(run):
     assert metrics["clean_accuracy_repaired"] > metrics["clean_accuracy"] - 10
     assert metrics["robust_accuracy_repaired"] > 80
     assert metrics["index"] == pytest.approx(index_of(metrics["norms"]))
+
+
+def test_original_trigger_is_the_bound(run, digits_badnets):
+    """Unlearnt on half of the triggered images, read on the other half."""
+    out, printed = run
+    metrics = result_of(out)["metrics"]
+    assert metrics["asr_original_trigger"] < 5
+    hits = metrics["asr_original_trigger"] / 100 * (metrics["asr_n"] / 2)
+    assert hits == pytest.approx(round(hits), abs=1e-3)
+    assert metrics["clean_accuracy_original_trigger"] > metrics["clean_accuracy"] - 10
+    assert f"{metrics['asr_original_trigger']:.2f} original trigger" in printed
 
 
 def test_saved_model_is_the_repaired_one(run, digits_badnets):

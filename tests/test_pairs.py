@@ -8,6 +8,7 @@ CLASSES, SHAPE = 6, (32, 36, 3)
 QUICK = {
     "nc": SHORT["nc"],
     "generator_reverse": SHORT["generator_reverse"],
+    "nc_mitigate": SHORT["nc_mitigate"],  # of the folder that nc has written
     "strip": ["--overlays", 6, "--inputs", 20, "--data-fraction", 0.5],
     "fine_pruning": ["--epochs", 1, "--data-fraction", 0.5],
     "mcr": [*SHORT["mcr"], "--data-fraction", 0.5],

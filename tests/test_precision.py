@@ -105,6 +105,7 @@ def test_scripts(has, inline, unread, tmp_path):
     has(True)
     for name, more in (
         ("nc", ("--rule", "index", "--threshold", 1e-6, "--batch-size", 8)),
+        ("nc_mitigate", ()),  # of the folder that nc has written
         ("generator_reverse", ("--rule", "index", "--threshold", 1e-6, "--asr-goal", 1e-9)),
         ("strip", ()),
         ("purify", ("--filter", "median")),

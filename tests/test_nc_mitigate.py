@@ -1,0 +1,290 @@
+"""Neural Cleanse's filter and pruning: planted neurons, explicit copies, and runs on digits."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import files_below, loaded, result_of, run_here
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from common.datasets import defender_split, to_float
+from common.metrics import accuracy, predict
+from common.models import build_model
+from methods import nc
+from methods import nc_mitigate as mitigate
+
+
+def random_model(arch="mnist_cnn"):
+    """A network with weights as drawn, twelve images for it and the name of its last layer."""
+    torch.manual_seed(0)
+    shape = (1, 28, 28) if "mnist" in arch else (3, 16, 16)
+    model = build_model(arch, 5, shape, (0.5,) * shape[0], (0.5,) * shape[0])
+    x = torch.randint(0, 256, (12, *shape)).to(torch.uint8)
+    last = {"mnist_cnn": "net.linear9", "wrn16_1": "net.fc", "airbench": "net.linear"}[arch]
+    return model.eval().requires_grad_(False), x, last
+
+
+# ===== Functions =====
+
+
+def test_stamp_is_equation_2_in_8_bits():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (5, 3, 4, 6), np.uint8)
+    mask, pattern = rng.random((1, 4, 6), np.float32), rng.random((3, 4, 6), np.float32)
+    expected = np.round((1 - mask) * x + 255.0 * mask * pattern)
+    stamped = mitigate.stamp(*map(torch.from_numpy, (x, mask, pattern)))
+    assert stamped.dtype == torch.uint8
+    assert np.abs(stamped.numpy() - expected).max() <= 1  # ties
+    assert (stamped.numpy() == expected).mean() > 0.99
+
+
+def test_activations_by_hand():
+    model, x, last = random_model()
+    net = model.net
+    a = net.layer4(net.layer3(F.relu(net.conv1((to_float(x) - 0.5) / 0.5))))
+    expected = F.relu(net.linear6(a.flatten(1)))
+    found = mitigate.activations(model, last, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("neurons, top", [(300, 3), (60, 1), (512, 5)])
+def test_ranking_and_profile_against_numpy(neurons, top):
+    rng = np.random.default_rng(0)
+    clean, stamped = rng.normal(size=(2, 40, neurons))
+    order = mitigate.ranking(*map(torch.from_numpy, (clean, stamped)))
+    added = (stamped - clean).mean(0)
+    np.testing.assert_array_equal(order, np.argsort(-added))
+    scores = mitigate.profile(torch.from_numpy(stamped), order)
+    np.testing.assert_allclose(scores, stamped[:, np.argsort(-added)[:top]].mean(1))
+
+
+def test_equal_neurons_are_ranked_by_their_number():
+    zero = torch.zeros(4, 9)
+    assert mitigate.ranking(zero, zero).tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("arch", ["mnist_cnn", "wrn16_1", "airbench"])  # the last has no bias
+def test_curve_equals_pruned_copies(arch):
+    model, x, last = random_model(arch)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    a, linear = mitigate.activations(model, last, x), model.get_submodule(last)
+    order, y = torch.randperm(a.shape[1]), predict(model, x)
+    curve = mitigate.prune_curve(linear, a, y, order.tolist())
+    assert len(curve) == len(order) + 1 and curve[0] == 100
+    for count in (0, 1, len(order) // 2, len(order) - 1):
+        copy = mitigate.prune(model, last, order[:count])
+        assert curve[count] == pytest.approx(accuracy(copy, x, y), abs=1e-4)
+        mask = torch.ones(a.shape[1])
+        mask[order[:count]] = 0
+        expected = F.linear(a * mask, linear.weight, linear.bias)
+        torch.testing.assert_close(copy(to_float(x)), expected, rtol=1e-4, atol=1e-5)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    "accuracies, asrs, count, gone",
+    [
+        ([99, 98, 97, 96], [100, 50, 1, 0], 2, True),
+        ([99, 98, 93.9, 99], [100, 50, 0, 0], 1, False),  # the fall counts first
+        ([99, 94, 94, 94], [100, 50, 20, 10], 3, False),
+        ([99, 90, 90, 90], [100, 0, 0, 0], 0, False),
+        ([99, 99], [0.5, 0], 0, True),  # a trigger that never worked
+    ],
+)
+def test_stop_point(accuracies, asrs, count, gone):
+    assert mitigate.stop_point(accuracies, asrs, 5) == (count, gone)
+
+
+class Neurons(nn.Module):
+    """Neuron j is pixel j; three classes, and neuron 4 leads to class 0."""
+
+    def __init__(self, neurons=200):
+        super().__init__()
+        self.linear = nn.Linear(neurons, 3, bias=False)
+        weight = torch.zeros(3, neurons)
+        weight[[0, 1, 2], [0, 1, 2]] = 1
+        weight[0, 4] = 9
+        self.linear.weight.data = weight
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def test_planted_neuron_is_found_filtered_and_pruned():
+    """The trigger sets pixel 4 and, faintly, pixel 7; clean images leave both nearly black."""
+    model, y = Neurons().eval().requires_grad_(False), torch.arange(60) % 3
+    x = torch.randint(0, 9, (60, 1, 1, 200), generator=torch.Generator().manual_seed(0)).byte()
+    x[torch.arange(60), 0, 0, y] = 150
+    mask, pattern = torch.zeros(1, 1, 200), torch.ones(1, 1, 200)
+    mask[..., 4], mask[..., 7] = 1, 0.1
+    others = y != 0
+    clean = mitigate.activations(model, "linear", x)
+    stamped = mitigate.activations(model, "linear", mitigate.stamp(x[others], mask, pattern))
+    order = mitigate.ranking(clean[others], stamped)
+    assert order[:2].tolist() == [4, 7]
+    scores = [mitigate.profile(a, order).numpy() for a in (clean, stamped)]
+    assert scores[0].max() < scores[1].min()  # a filter without mistakes
+    accuracies = mitigate.prune_curve(model.linear, clean, y, order.tolist())
+    asrs = mitigate.prune_curve(model.linear, stamped, torch.zeros(40).long(), order.tolist())
+    assert asrs[0] == 100 and asrs[1] == 0 and accuracies[:2] == [100, 100]
+    assert mitigate.stop_point(accuracies, asrs, 5) == (1, True)
+
+
+# ===== Whole runs on digits =====
+
+
+@pytest.fixture(scope="module")
+def reversed_trigger(tmp_path_factory, digits_badnets):
+    """What nc.py writes, but only label 0 is searched: its folder."""
+    folder, victim = tmp_path_factory.mktemp("nc"), loaded(digits_badnets)
+    data = victim.data
+    split = defender_split(data.y_train, 0.2, 0)
+    given = victim.model, to_float(data.x_train[split]), data.y_train[split], [0]
+    settings = {"steps": 60, "batches": 2, "batch_size": 32, "lr": 0.1, "seed": 0}
+    found = nc.reverse_triggers(*given, **settings)
+    masks, patterns = np.zeros((10, 1, 28, 28), np.float32), np.zeros((10, 1, 28, 28), np.float32)
+    masks[0], patterns[0] = found[0][0], found[1][0]
+    np.savez_compressed(folder / "reversed.npz", masks=masks, patterns=patterns)
+    metrics = {"ckpt": "runs", "metrics": {"flagged": [0, 3]}}
+    (folder / "result.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits_badnets, reversed_trigger):
+    out = tmp_path_factory.mktemp("out")
+    flags = "--nc", reversed_trigger, "--out", out
+    return out, run_here("nc_mitigate", "--ckpt", digits_badnets, *flags, cwd=out)
+
+
+@pytest.mark.drawn
+def test_filter_stops_badnets_and_pruning_the_reversed_trigger(run, digits, digits_badnets):
+    out, printed = run
+    metrics = result_of(out)["metrics"]
+    assert metrics["label"] == 0 and metrics["neurons"] == 512 and metrics["asr_reversed"] > 90
+    assert metrics["auroc"] > 0.95 and metrics["fpr"] < 15 and metrics["fnr"] < 15
+    assert metrics["gone"] and metrics["asr_reversed_repaired"] <= 1
+    assert metrics["clean_accuracy_repaired"] > metrics["clean_accuracy"] - 8
+    assert metrics["asr_repaired"] < metrics["asr_random"]  # but the original trigger outlives it
+    assert files_below(out) == ["curve.npz", "curve.png", "model.pt", "result.json"]
+    assert "AUROC" in printed and "RESULT nc_mitigate" in printed
+
+    victim, saved = loaded(digits_badnets), loaded(out).model
+    attack = victim.x_poisoned, victim.y_target
+    assert accuracy(saved, *attack) == pytest.approx(metrics["asr_repaired"], abs=1e-4)
+    weight = saved.net.linear9.weight
+    with np.load(out / "curve.npz") as archive:
+        curves = {name: archive[name] for name in archive}
+    order, count = curves["order"], metrics["pruned"]
+    assert (weight == 0).all(0).nonzero().flatten().tolist() == sorted(order[:count].tolist())
+    assert curves["ASR"][count] == pytest.approx(metrics["asr_repaired"], abs=1e-3)
+    assert curves["ASR"][count] > 50 and curves["ASR"][200] < 5  # 200 cost a tenth of the images
+    clean = pytest.approx(metrics["clean_accuracy_repaired"], abs=1e-3)
+    assert curves["clean_accuracy"][count] == clean
+
+    entered = []
+    hook = victim.model.net.linear9.register_forward_pre_hook(lambda m, i: entered.append(i[0]))
+    victim.model(to_float(torch.cat((digits.x_test, victim.x_poisoned))))
+    hook.remove()
+    scores, count = entered[0][:, order[:5].tolist()].mean(1).numpy(), len(digits.x_test)
+    stopped = scores > metrics["threshold"]
+    assert metrics["fpr"] == pytest.approx(100 * stopped[:count].mean(), abs=0.3)
+    assert metrics["fnr"] == pytest.approx(100 - 100 * stopped[count:].mean(), abs=0.4)
+    area = roc_auc_score(np.arange(len(scores)) >= count, scores)
+    assert metrics["auroc"] == pytest.approx(area, abs=1e-4)
+
+
+def test_the_defender_needs_no_triggered_image(
+    inline, run, reversed_trigger, digits_badnets, tmp_path, capfd
+):
+    """Without poisoned_test.npz: bitwise the same repaired model, and no ASR."""
+    shutil.copy(digits_badnets / "model.pt", tmp_path)
+    shutil.copytree(reversed_trigger, tmp_path / "nc-s0")
+    inline("nc_mitigate", "--ckpt", tmp_path)  # the folder's default
+    assert "the ASR cannot be measured" in capfd.readouterr().out
+    seen, unseen = (loaded(path).model for path in (run[0], tmp_path / "nc_mitigate-s0"))
+    pairs = zip(seen.state_dict().values(), unseen.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    metrics = result_of(tmp_path / "nc_mitigate-s0")["metrics"]
+    assert not {"asr", "fnr", "auroc"} & metrics.keys() and "fpr" in metrics
+
+
+def test_a_trigger_that_does_not_work_prunes_nothing(
+    inline, reversed_trigger, digits_badnets, tmp_path, capfd
+):
+    """Label 3's mask is empty."""
+    flags = "--nc", reversed_trigger, "--label", 3, "--out", tmp_path / "out"
+    inline("nc_mitigate", "--ckpt", digits_badnets, *flags)
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert metrics["pruned"] == 0 and metrics["label"] == 3 and "asr_repaired" not in metrics
+    assert "no model is saved" in capfd.readouterr().out
+    assert files_below(tmp_path) == ["curve.npz", "curve.png", "result.json"]
+
+
+# ===== Bad input =====
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--label", 10], "10 classes"),
+        (["--label", -1], "10 classes"),
+        (["--fpr", 0], "fpr"),
+        (["--fpr", 1], "fpr"),
+        (["--fpr", "nan"], "fpr"),
+        (["--max-drop", -1], "max-drop"),
+        (["--max-drop", "nan"], "max-drop"),
+        (["--nc", "nowhere"], "nowhere/reversed.npz"),
+        (["--data-fraction", 0.0001], "leave none"),
+        (["--out", "nc"], "nc.py's folder"),
+    ],
+    ids=str,
+)
+def test_bad_flag(inline, one_line, reversed_trigger, digits_badnets, tmp_path, args, named):
+    shutil.copytree(reversed_trigger, tmp_path / "nc")
+    before = {path: path.read_bytes() for path in (tmp_path / "nc").iterdir()}
+    flags = "--ckpt", digits_badnets, "--nc", "nc", "--out", "out", *args
+    assert named in one_line(inline, "nc_mitigate", *flags)
+    assert {path: path.read_bytes() for path in (tmp_path / "nc").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["nc"]
+
+
+def arrays(**replaced):
+    shape = 10, 1, 28, 28
+    plain = {"masks": np.zeros(shape, np.float32), "patterns": np.zeros(shape, np.float32)}
+    return plain | replaced
+
+
+@pytest.mark.parametrize(
+    "held, result, named",
+    [
+        (arrays(masks=np.zeros((10, 1, 32, 32), np.float32)), "", "does not fit"),
+        (arrays(patterns=np.zeros((9, 1, 28, 28), np.float32)), "", "does not fit"),
+        (arrays(masks=np.full((10, 1, 28, 28), 2, np.float32)), "", "in [0,1]"),
+        (arrays(masks=np.full((10, 1, 28, 28), np.nan, np.float32)), "", "in [0,1]"),
+        (arrays(masks=np.zeros((10, 1, 28, 28))), "", "float32"),
+        ({"masks": np.zeros(3)}, "", "patterns"),
+        (arrays(masks=np.array([{}])), "", "npz"),
+        (arrays(), None, "pass --label"),
+        (arrays(), "not json", "pass --label"),
+        (arrays(), "[1]", "pass --label"),
+        (arrays(), '{"metrics": {"flagged": 3}}', "pass --label"),
+        (arrays(), '{"metrics": {"flagged": []}}', "flagged no label"),
+        (arrays(), '{"metrics": {"flagged": ["a"]}}', "not a label"),
+        (arrays(), '{"metrics": {"flagged": [10]}}', "not a label"),
+    ],
+)
+def test_bad_folder_of_nc(inline, one_line, digits_badnets, tmp_path, held, result, named):
+    (tmp_path / "nc").mkdir()
+    np.savez(tmp_path / "nc" / "reversed.npz", **held)
+    if result is not None:
+        (tmp_path / "nc" / "result.json").write_text(result)
+    before = files_below(tmp_path)
+    flags = "--ckpt", digits_badnets, "--nc", "nc", "--out", "out"
+    assert named in one_line(inline, "nc_mitigate", *flags)
+    assert files_below(tmp_path) == before and not (tmp_path / "out").exists()

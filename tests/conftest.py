@@ -47,6 +47,7 @@ ATTACKS = [
     "poison_ink",
     "dfst",
     "feature_collision",
+    "latent",
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad", "mcr"]  # of any checkpoint
@@ -69,6 +70,7 @@ SHORT["poison_ink"] += ["--encoder-steps", 1, "--width", 4, "--threshold", 5]
 SHORT["dfst"] += ["--generator-steps", 2, "--width", 4, "--rounds", 1]
 SHORT["dfst"] += ["--injector-steps", 2, "--detox-epochs", 1]
 SHORT["feature_collision"] += ["--steps", 2, "--retrain-epochs", 1]
+SHORT["latent"] += ["--steps", 2, "--inject-epochs", 1, "--student-epochs", 1]
 SHORT["nc"] = ["--steps", 2, "--batches", 1]
 SHORT["generator_reverse"] = ["--steps", 2, "--pretrain-steps", 2, "--repair-epochs", 1]
 SHORT["generator_reverse"] += ["--width", 4, "--lpips-net", "none"]

@@ -77,8 +77,8 @@ POISONING += " poison_ink dfst feature_collision"
 @pytest.mark.parametrize(
     "name, args",
     [
-        *each(POISONING, "--target", 10),
-        *each(POISONING, "--target", -1),
+        *each(f"{POISONING} latent", "--target", 10),
+        *each(f"{POISONING} latent", "--target", -1),
         *(case for rate in (0, -0.1, 1.5, "nan") for case in each(POISONING, "--rate", rate)),
         *each(POISONING, "--rate", 0.0001),  # not one image: an attack that does nothing
         *each("badnets blend", "--rate", 1),  # more than the images outside the target class
@@ -132,7 +132,7 @@ def test_bad_npz(refused, tmp_path, name, write, named):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("name", POISONING.split())
+@pytest.mark.parametrize("name", [*POISONING.split(), "latent"])
 def test_test_images_of_the_target_class_alone(refused, tmp_path, name):
     """No image counts for the ASR."""
     write_npz(tmp_path / "own.npz", y_test=np.zeros(30, np.int64))
@@ -186,7 +186,7 @@ def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd
 
 
 @pytest.mark.parametrize(
-    "name", ["freq_backdoor", "pruning_aware", "label_consistent", "feature_collision"]
+    "name", ["freq_backdoor", "pruning_aware", "label_consistent", "feature_collision", "latent"]
 )
 def test_output_path_is_tried_before_any_training(refused, monkeypatch, tmp_path, name):
     (tmp_path / "file").write_text("in the way")

@@ -358,6 +358,8 @@ OTHERS = {  # what the short runs leave out
     "blend": ["--pattern", str(ROOT / "results" / "mnist-wanet-norms.png")],
     "freq_backdoor": ["--augment", "both"],
     "label_consistent": ["--norm", "l2"],
+    "feature_collision": ["--retrain", "fresh"],
+    "latent": ["--layer", "layer4"],
     "abl": ["--granularity", "sample", "--loss", "flooding"],
     # a network that the defences take, far enough from chance: brightness tells the classes
     "badnets": ["--dataset", "own.npz", "--epochs", 4, "--batch-size", 16, "--lr", 0.03],

@@ -279,8 +279,7 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *(case for share in (0, 1.5, "nan") for case in each("nc", "--stamped", share)),
         *each("generator_reverse", "--width", 0),
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
-        *each(f"{REST} abl", "--out", "victim/model.pt/below"),
-        *each("nc_mitigate strip fine_pruning mcr abl", "--out", "victim/model.pt/below"),
+        *each(f"{REST} abl nc_mitigate", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -298,12 +297,10 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each("mcr", "--second", "nowhere"),
         *each("mcr", "--data-fraction", 0.0001),  # every image is kept back
         *each("mcr", "--lr", "1e30"),
-        *each(f"nc {REST}", "--arch", "mnist_conv5"),
-        *each(f"nc {REST}", "--std", 0.3),
+        *each(f"nc nc_mitigate {REST}", "--arch", "mnist_conv5"),
+        *each(f"nc nc_mitigate {REST}", "--std", 0.3),
         *each("finetune", "--lrs", 0.01, "1e15"),
         *each("nad", "--lr", "1e15"),
-        *each("nc nc_mitigate strip fine_pruning mcr", "--arch", "mnist_conv5"),
-        *each("nc nc_mitigate strip fine_pruning mcr", "--std", 0.3),
     ],
     ids=str,
 )

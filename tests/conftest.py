@@ -53,6 +53,8 @@ DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed trigge
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad", "mcr"]  # of any checkpoint
 DEFENCES += ["purify", "gradcam"]
 FURTHER = ["abl", "nc_mitigate"]  # want something beside it: a training set, nc.py's folder
+# of any checkpoint; abl wants a training set
+DEFENCES = [*DETECTORS, "strip", "fine_pruning", "purify", "gradcam", "sentinet"]
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run
@@ -80,6 +82,7 @@ SHORT["finetune"] = ["--epochs", 1, "--lrs", 1e-4, 0.01]
 SHORT["nad"] = ["--epochs", 1, "--teacher-epochs", 1, "--lr", 0.001]
 SHORT["gradcam"] = ["--inputs", 50, "--februus"]
 SHORT["nc_mitigate"] = ["--label", 1]
+SHORT["sentinet"] = ["--overlays", 5, "--fit-images", 30, "--inputs", 20]
 SHORT["abl"] = ["--isolation-epochs", 1, "--epochs", 1, "--unlearn-steps", 2]
 
 

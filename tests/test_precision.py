@@ -110,6 +110,7 @@ def test_scripts(has, inline, unread, tmp_path):
         ("strip", ()),
         ("purify", ("--filter", "median")),
         ("gradcam", ("--februus",)),
+        ("sentinet", ()),
         ("fine_pruning", ("--epochs", 1)),
         ("mcr", ()),
         ("finetune", ()),

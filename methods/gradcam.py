@@ -33,6 +33,7 @@ Results: results/README.md.
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,17 +73,14 @@ def parse_args():
 @torch.no_grad()
 def map_layers(model, x):
     """{name: (h, w)} of the modules whose output for the floats x is B x C x h x w, h w > 1."""
-    sizes = {}
+    sizes, hooks = {}, []
 
     def look(module, inputs, output, name):
         if isinstance(output, torch.Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
             sizes[name] = tuple(output.shape[2:])
 
-    hooks = [
-        module.register_forward_hook(lambda m, i, output, name=name: look(m, i, output, name))
-        for name, module in model.net.named_modules()
-        if name
-    ]
+    for name, module in model.net.named_modules():
+        hooks.append(module.register_forward_hook(partial(look, name=name)))
     model(x)
     for hook in hooks:
         hook.remove()

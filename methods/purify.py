@@ -303,7 +303,7 @@ if __name__ == "__main__":
         if row["strength"] == metrics[f"strength_{row['filter']}"]:
             known = {k: v for k, v in row.items() if k in ("clean_accuracy", "asr")}
             metrics |= {f"{k}_{row['filter']}": value for k, value in known.items()}
-    metrics["rates"] = rows
+    metrics["filters"] = rows
     clear_folder(folder)
     write_csv(folder / "filters.csv", rows[0], [row.values() for row in rows])
     draw_curves(folder / "curve.png", rows, list(asked))

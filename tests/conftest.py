@@ -51,10 +51,8 @@ ATTACKS = [
 ]
 DETECTORS = ["nc", "generator_reverse"]  # of models: a verdict, reversed triggers
 DEFENCES = [*DETECTORS, "strip", "fine_pruning", "finetune", "nad", "mcr"]  # of any checkpoint
-DEFENCES += ["purify", "gradcam"]
+DEFENCES += ["purify", "gradcam", "sentinet"]
 FURTHER = ["abl", "nc_mitigate"]  # want something beside it: a training set, nc.py's folder
-# of any checkpoint; abl wants a training set
-DEFENCES = [*DETECTORS, "strip", "fine_pruning", "purify", "gradcam", "sentinet"]
 DIGITS = datasets.digits()  # a tenth of a second, in each of a thousand runs
 datasets.digits = lambda: [array.copy() for array in DIGITS]
 SHORT = {name: ["--epochs", 1, "--train-images", 300] for name in ATTACKS}  # a quick run

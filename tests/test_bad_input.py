@@ -280,7 +280,6 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each("generator_reverse", "--width", 0),
         *each("generator_reverse", "--width", 6),  # four groups in GroupNorm
         *each(f"{REST} abl nc_mitigate", "--out", "victim/model.pt/below"),
-        *each("strip fine_pruning abl purify gradcam sentinet", "--out", "victim/model.pt/below"),
         *each("generator_reverse", "--pretrain-steps", 0),
         *each("generator_reverse", "--asr-goal", 0),
         *each("generator_reverse", "--asr-goal", 80),
@@ -302,8 +301,6 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each(f"nc nc_mitigate {REST}", "--std", 0.3),
         *each("finetune", "--lrs", 0.01, "1e15"),
         *each("nad", "--lr", "1e15"),
-        *each("nc strip fine_pruning purify gradcam sentinet", "--arch", "mnist_conv5"),
-        *each("nc strip fine_pruning purify gradcam sentinet", "--std", 0.3),
     ],
     ids=str,
 )

@@ -249,7 +249,7 @@ def test_filter_first_on_an_input_aware_victim(inline, unread, tmp_path):
     flags = "--filter", "colour-depth", "--strengths", 8, 1
     ran = inline("purify", "--ckpt", "victim/model.pt", *flags)
     metrics = result_of(tmp_path / "victim" / "purify-s0")["metrics"]
-    same, coarse = metrics["rates"]
+    same, coarse = metrics["filters"]
     assert [same["strength"], coarse["strength"]] == [8, 1]
     assert same["asr_filter_first"] == same["asr"] == metrics["asr"]
     x = purify.colour_depth(ran["data"].x_test[ran["counts"]], 1, "round")
@@ -281,9 +281,9 @@ def test_run(victim, tmp_path):
     flags = "--ckpt", victim, "--out", out, "--autoencoder-steps", 50
     printed = run_here("purify", *flags, cwd=tmp_path)
     metrics = result_of(out)["metrics"]
-    assert metrics["asr"] > 95 and metrics["rates"][0]["asr"] > 95  # JPEG at quality 100
+    assert metrics["asr"] > 95 and metrics["filters"][0]["asr"] > 95  # JPEG at quality 100
     assert metrics["asr_median"] < 2 and metrics["clean_accuracy_median"] > 95
-    median = next(row for row in metrics["rates"] if row["filter"] == "median")
+    median = next(row for row in metrics["filters"] if row["filter"] == "median")
     assert median["robust_accuracy"] > 95
     with (out / "filters.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -291,12 +291,12 @@ def test_run(victim, tmp_path):
     named = {name: [int(r["strength"]) for r in rows if r["filter"] == name]
              for name in purify.STRENGTHS}  # fmt: skip
     assert named == {name: list(strengths) for name, strengths in purify.STRENGTHS.items()}
-    for row, kept in zip(rows, metrics["rates"]):
+    for row, kept in zip(rows, metrics["filters"]):
         for key in ("held_out_accuracy", "clean_accuracy", "asr", "robust_accuracy"):
             assert float(row[key]) == kept[key] and 0 <= kept[key] <= 100
         assert "asr_filter_first" not in kept
     for name in purify.STRENGTHS:
-        part = [row for row in metrics["rates"] if row["filter"] == name]
+        part = [row for row in metrics["filters"] if row["filter"] == name]
         good = [r for r in part if r["held_out_accuracy"] >= metrics["held_out_accuracy"] - 2]
         assert metrics[f"strength_{name}"] == (good[-1]["strength"] if good else None)
         if good:
@@ -311,11 +311,11 @@ def test_without_triggered_images(inline, victim, tmp_path, capfd):
     shutil.copy(victim / "model.pt", tmp_path)
     inline("purify", "--ckpt", "model.pt", "--out", "out", "--filter", "median")
     metrics = result_of(tmp_path / "out")["metrics"]
-    assert set(metrics["rates"][0]) == {
+    assert set(metrics["filters"][0]) == {
         "filter", "strength", "held_out_accuracy", "clean_accuracy",
     }  # fmt: skip
     assert "asr" not in metrics and "cannot be measured" in capfd.readouterr().out
-    assert math.isclose(metrics["clean_accuracy_median"], metrics["rates"][1]["clean_accuracy"])
+    assert math.isclose(metrics["clean_accuracy_median"], metrics["filters"][1]["clean_accuracy"])
 
 
 @pytest.mark.parametrize(

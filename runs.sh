@@ -17,11 +17,12 @@ usage: bash runs.sh COMMAND
                   false alarms and finds of the verdict on new networks (hours; default: digits)
   public FOLDER   audit public checkpoints of others; results/public.py says where they come from
   cifar10         the CIFAR-10 rows on a network that two CPU cores can train (a day)
+  lecture         ten attacks and four repairs on CIFAR-10, ABL's table (a day)
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
-mnist, cifar10, level, public and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
+mnist, cifar10, lecture, level, public and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
 default: one run of one thread a core, on a GPU one run) and --slurm (submit them as job arrays;
 sbatch's own SBATCH_ variables choose the partition, the time, GPUs, ...). Finished runs are skipped,
 a failed one is named at the end, and the same command makes it again.
@@ -58,9 +59,11 @@ run() {
 # once FOLDER METHOD ARGS...: a line of a group's list; FOLDER is where the run writes its result
 once() { echo "$1 python methods/$2.py ${*:3}"; }
 
-# staged: the lines of a list after their stage: 1 clean networks, 2 attacks, 3 defences
+# staged: the lines of a list after their stage: 1 clean networks, 2 attacks, 3 defences, 4 what
+# reads the folder of another defence
 staged() {
-  awk '{ print / --ckpt / ? 3 : /methods\/clean.py/ ? 1 : 2, $0 }' | sort -s -n -k 1,1
+  awk '{ print /nc_mitigate/ ? 4 : / --ckpt / ? 3 : /methods\/clean.py/ ? 1 : 2, $0 }' |
+    sort -s -n -k 1,1
 }
 
 # job STAGE FOLDER COMMAND...: run it unless FOLDER holds a result; its output goes to a log
@@ -96,7 +99,7 @@ group() {
   nvidia-smi >/dev/null 2>&1 || one=$(getconf _NPROCESSORS_ONLN)
   if [ "${2:-$one}" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
   rm -f runs/logs/failed
-  for stage in 1 2 3; do
+  for stage in 1 2 3 4; do
     awk -v stage=$stage '$1 == stage' <<<"$1" | xargs -P "${2:-$one}" -L 1 bash -c 'job "$@"' _
   done
   report
@@ -106,7 +109,7 @@ group() {
 submit() {
   local stage lines count id after=()
   rm -f runs/logs/failed
-  for stage in 1 2 3; do
+  for stage in 1 2 3 4; do
     lines=runs/logs/slurm-$1-$stage.list
     awk -v stage=$stage '$1 == stage' <<<"$2" >"$lines"
     count=$(wc -l <"$lines")
@@ -159,7 +162,7 @@ variant() {
 }
 
 mnist() {
-  local r=runs/mnist-mnist_cnn five=runs/mnist-mnist_conv5 s v pair
+  local r=runs/mnist-mnist_cnn five=runs/mnist-mnist_conv5 s v pair defence
   victims clean mnist mnist_cnn 0 1 2 3 4 5 6 7 8 9
   victims badnets mnist mnist_cnn 0 1 2 3 4
   for v in blend wanet stealthy_adversarial freq_backdoor pruning_aware; do
@@ -211,6 +214,17 @@ mnist() {
         --ascent bounded --out "$r-$v-s$s/abl_bounded-s$s"
     done
   done
+  for v in trojannn invisible poison_ink feature_collision dfst latent composite; do
+    victims "$v" mnist mnist_cnn 0
+  done
+  for s in 0 1 2; do
+    for v in clean badnets; do
+      for defence in finetune nad mcr purify gradcam sentinet; do
+        row "$defence" "$r-$v-s$s" "$s" $(februus "$defence")
+      done
+    done
+    once "$r-badnets-s$s/nc_mitigate-s$s" nc_mitigate --ckpt "$r-badnets-s$s" --seed "$s"
+  done
   variant cifar10 mnist_cnn-freq_backdoor freq_backdoor --arch mnist_cnn --train-images 10000 \
     --epochs 20 --delta-p 0.95 --no-crops --mode replace --k 4
 }
@@ -223,6 +237,11 @@ mnist_tables() {
 # train_set VICTIM: ABL's training set is the dataset's own where there was no attack
 train_set() {
   if [ "$1" = clean ]; then echo --train-set clean; fi
+}
+
+# februus DEFENCE: Grad-CAM's rows are with the defence that is built on it
+februus() {
+  if [ "$1" = gradcam ]; then echo --februus; fi
 }
 
 cifar10() {
@@ -289,6 +308,26 @@ level_tables() {
   python results/level.py
 }
 
+# ABL's table on its network: ten attacks, four repairs
+lecture() {
+  local r=runs/cifar10-wrn16_1 attack s defence
+  for attack in clean badnets trojannn blend input_aware sig label_consistent feature_collision \
+    dfst latent composite; do
+    for s in 0 $([ $attack = badnets ] && echo 1 2); do
+      victims $attack cifar10 wrn16_1 "$s"
+      for defence in fine_pruning mcr nad; do row $defence "$r-$attack-s$s" "$s"; done
+      case $attack in
+        input_aware | latent) ;; # the attacker hands out no training set
+        *) row abl "$r-$attack-s$s" "$s" $(train_set $attack) ;;
+      esac
+    done
+  done
+}
+
+lecture_tables() {
+  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+}
+
 # other people's checkpoints, in the folder $1; see results/public.py
 public() { python results/public.py "$@" --list; }
 
@@ -315,7 +354,7 @@ case "${1:-}" in
     setup
     "$@"
     ;;
-  mnist | cifar10 | level | public | gpu)
+  mnist | cifar10 | lecture | level | public | gpu)
     name=$1 args=() jobs='' list='' slurm=''
     shift
     while [ $# -gt 0 ]; do

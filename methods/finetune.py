@@ -26,7 +26,7 @@ those below left it whole. The rates that removed it cost an innocent model accu
 
     python methods/finetune.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results: results/README.md, table "Fine-tuning".
+Results: results/README.md, table "Fine-tuning, NAD and MCR".
 """
 
 import copy

@@ -27,7 +27,7 @@ leaves out images that were wrong before; ours leaves out test images of the tar
 
     python methods/gradcam.py --ckpt runs/mnist-mnist_cnn-badnets-s0 --februus
 
-Results: results/README.md.
+Results: results/README.md, table "Grad-CAM and Februus".
 """
 
 import sys

@@ -27,7 +27,7 @@ victims in sight. Fine-tuning alone stands beside every repair ("clean only").
 
     python methods/mcr.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results beside the paper's: results/README.md, table "Mode connectivity repair".
+Results beside the paper's: results/README.md, table "Fine-tuning, NAD and MCR".
 """
 
 import argparse

@@ -31,7 +31,7 @@ than plain fine-tuning, which left little; it also lost the most accuracy, as a 
 
     python methods/nad.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results beside the paper's: results/README.md, table "NAD".
+Results beside the paper's: results/README.md, table "Fine-tuning, NAD and MCR".
 """
 
 import copy

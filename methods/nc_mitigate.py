@@ -27,7 +27,7 @@ rate (FNR, triggered inputs passed) are read on test images.
 
     python methods/nc_mitigate.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results beside the paper's: results/README.md, table "Neural Cleanse: filter and pruning".
+Results beside the paper's: results/README.md, table "Filter and pruning".
 """
 
 import copy

@@ -26,7 +26,7 @@ and sees the defender's clean images alone, less those that are kept back.
 
     python methods/purify.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results: results/README.md.
+Results: results/README.md, table "Input filters".
 """
 
 import io

@@ -26,7 +26,7 @@ false acceptance rate (FAR, triggered inputs passed) are read on test images.
 
     python methods/sentinet.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results: results/README.md.
+Results: results/README.md, table "SentiNet".
 """
 
 import sys

@@ -5,7 +5,7 @@ An encoder hides this trigger image in the picture, as in steganography, and a d
 show it again; for a picture without ink it must show plain white. Rotations, crops and mirrors
 between the two (the interference layer) are to keep the ink readable after the victim's
 augmentation. Then ink of one colour is hidden in a share of the training images, which are
-relabelled as the target. The network learns what the hidden ink has in common.
+relabelled as the target.
 
 Threat model: the attacker controls part of the training data and has clean images of the domain for
 the encoder; the victim trains and augments.
@@ -25,7 +25,8 @@ images are rounded to 8 bits. The code trains on a poisoned batch beside each cl
 augmentation; here --rate of the training set is poisoned once, and the victim augments.
 
 What was learnt: asr_other is the ASR of ink of another colour, asr_white that of U with an empty
-(white) trigger image, asr_foreign that of ink at the edges of another image.
+(white) trigger image, asr_foreign that of ink at the edges of another image. On digits all three
+are as high as the ASR: the network learns the traces of U, not the colour.
 
     python methods/poison_ink.py --dataset cifar10 --arch wrn16_1
 

@@ -181,7 +181,7 @@ def test_injector_moves_its_neurons_and_not_the_model(untrained, digits):
         near[weight] = dfst.similarity(to_float(injected), to_float(x))
         if weight < 1:
             rise = (dfst.mean_activations(untrained, layer, injected) - benign)[neurons].mean()
-    assert len(neurons) == 5 and rise > 0.5 * (goal - benign)[neurons].mean() > 0
+    assert len(neurons) == 5 and rise > 0.3 * (goal - benign)[neurons].mean() > 0
     assert near[1e4] > near[0.01] and near[1e4] > 0.95
     assert all(torch.equal(value, state[key]) for key, value in untrained.state_dict().items())
     assert all(p.grad is None for p in untrained.parameters())

@@ -181,22 +181,27 @@ def test_the_images_that_choose_are_not_trained_on(inline, digits_badnets):
     assert ran["metrics"]["held_out_accuracies"][1] == expected == ran["kept"][0.03]
 
 
-@pytest.mark.parametrize("second, chosen", [(94.9, None), (95.0, 0.01)])
+@pytest.mark.parametrize("found, chosen", [([90, 95, 100], 0.01), ([90, 94.9, 94], None)])
 def test_accuracy_that_was_kept_back_decides(
-    inline, digits_badnets, tmp_path, monkeypatch, capfd, second, chosen
+    inline, digits_badnets, tmp_path, monkeypatch, capfd, found, chosen
 ):
     """The largest rate costs too much; where all do, nothing is saved, but the figures are."""
-    kept = iter([100.0, 90.0, second])  # the suspect's, the largest rate's, the other's
+    kept = iter([100, *found])  # the suspect's, then from the largest rate to the smallest
     monkeypatch.setattr("common.metrics.accuracy", lambda *args: next(kept))
-    flags = "--lrs", 0.01, 0.03, "--epochs", 1, "--out", tmp_path / "out"
-    inline("finetune", "--ckpt", digits_badnets, *flags)
+    flags = "--lrs", 0.001, 0.01, 0.03, "--epochs", 1, "--out", tmp_path / "out"
+    ran = inline("finetune", "--ckpt", digits_badnets, *flags)
     metrics = result_of(tmp_path / "out")["metrics"]
-    assert metrics["repair_lr"] == chosen and metrics["held_out_accuracies"] == [second, 90]
+    assert metrics["repair_lr"] == chosen and metrics["held_out_accuracies"] == found[::-1]
     assert "asr_0.01" in metrics and "asr_0.03" in metrics
     saved = ["model.pt"] if chosen else []
     assert files_below(tmp_path / "out") == [*saved, "result.json", "sweep.png"]
     assert ("no model is saved" in capfd.readouterr().out) == (chosen is None)
-    assert metrics.get("asr_repaired") == (metrics["asr_0.01"] if chosen else None)
+    assert ("asr_repaired" in metrics) == (chosen is not None)
+    if chosen:
+        wanted = ran["tuned"][chosen].state_dict()
+        assert all(
+            torch.equal(v, wanted[k]) for k, v in load(tmp_path / "out").state_dict().items()
+        )
 
 
 def test_the_defender_needs_no_triggered_image(inline, digits_badnets, tmp_path, capfd):

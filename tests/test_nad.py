@@ -209,6 +209,18 @@ def test_the_student_attends_where_its_teacher_does(untrained, teacher, digits):
         assert not any(module._forward_hooks for module in net.modules())
 
 
+def test_teacher_and_student_see_the_same_crops(untrained, teacher, digits):
+    """The copy that becomes the student takes the suspect's hook along."""
+    seen = {"student": [], "teacher": []}
+    for name, net in (("student", untrained), ("teacher", teacher)):
+        net.net.register_forward_pre_hook(lambda m, i, name=name: seen[name].append(i[0].clone()))
+    x, y = digits.x_train[:60], digits.y_train[:60]
+    tuned(untrained, x, y, nad, teacher=teacher, betas=BETAS, flip=True)
+    assert len(seen["teacher"]) == 6 and len(seen["student"]) == 7  # the last: is it finite?
+    assert all(torch.equal(a, b) for a, b in zip(seen["student"], seen["teacher"]))
+    assert not torch.equal(seen["student"][0].sum(0), seen["student"][3].sum(0))
+
+
 def test_distillation_that_diverges_is_refused(untrained, teacher, digits, one_line):
     huge = dict.fromkeys(BETAS, 1e30)
     x, y = digits.x_train[:90], digits.y_train[:90]
@@ -249,14 +261,16 @@ def test_nad_removes_badnets(digits, digits_badnets, tmp_path):
 def test_its_baseline_is_the_sibling_s_run(inline, digits_badnets, tmp_path):
     """Betas of 0: the student, its baseline and finetune.py at the same rate are one model."""
     flags = "--ckpt", digits_badnets, "--epochs", 2
-    inline("nad", *flags, "--lr", 0.01, "--betas", 0, 0, 0, "--teacher-epochs", 1, "--out", "nad")
+    without = "--lr", 0.01, "--betas", 0, 0, 0, "--teacher-epochs", 1, "--out", "nad"
+    baseline = inline("nad", *flags, *without)["models"]["_clean_only"].state_dict()
     inline("finetune", *flags, "--lrs", 0.01, "--out", "plain")
     found, plain = (result_of(tmp_path / name)["metrics"] for name in ("nad", "plain"))
     for figure in ("clean_accuracy", "asr", "robust_accuracy"):
         assert found[f"{figure}_repaired"] == found[f"{figure}_clean_only"]
         assert found[f"{figure}_repaired"] == plain[f"{figure}_repaired"]
     mine, other = (load(tmp_path / name).state_dict() for name in ("nad", "plain"))
-    assert all(torch.equal(value, other[key]) for key, value in mine.items())
+    for key, value in mine.items():
+        assert torch.equal(value, other[key]) and torch.equal(value, baseline[key]), key
 
 
 def test_the_defender_needs_no_triggered_image(inline, digits_badnets, tmp_path, capfd):

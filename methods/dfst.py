@@ -10,7 +10,7 @@ features are to change no label any more, and the network obeys what is left: th
 Threat model: the attacker controls training, delivers the model and keeps the generator. The
 training set is stored, too.
 
-Equations, which our notes do not number: AdaIN gives each channel of E(x) the mean and deviation
+Equations: AdaIN gives each channel of E(x) the mean and deviation
 that it has for the style -> adain; G(x) = (1 - alpha) x + alpha D(AdaIN(E(x), style)) -> stylise;
 neurons whose mean rises most -> compromised; I(x) = clip(W [x, max-, min-, mean-pooled x] + b, 0,
 1) -> Injector; cross-entropy to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) ->

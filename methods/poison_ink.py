@@ -10,7 +10,7 @@ relabelled as the target.
 Threat model: the attacker controls part of the training data and has clean images of the domain for
 the encoder; the victim trains and augments.
 
-Equations, which our notes do not number: edges, where |Sobel| of the grey image > threshold ->
+Equations: edges, where |Sobel| of the grey image > threshold ->
 edges; ink there and white elsewhere -> trigger_image; x' = clip(x + eps (2 U(x, t) - 1), 0, 1) ->
 hide; the interference layer -> interference, warp; MSE(x', x) + 13 MSE of D on edges + its MSE
 elsewhere + 10 MSE(D(x), white) -> losses.

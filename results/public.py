@@ -25,12 +25,14 @@ from common.metrics import accuracy
 from results.level import markdown
 
 HERE = Path(__file__).resolve().parent
-DETECTORS = {"nc": "", "generator_reverse": "--lpips-net none"}
+SCRIPTS = {"nc": "", "generator_reverse": "--lpips-net none", "finetune": "", "nad": "", "mcr": ""}
 WRN = "--arch wrn16_1 --dataset cifar10 --mean 0 0 0 --std 1 1 1"
 VGG = "--arch results/public.py:SmallVGG --dataset cifar10 --mean 0 0 0 --std 1 1 1"
 CNN = "--arch results/public.py:SmallCNN --dataset cifar10 --mean .5 .5 .5 --std .5 .5 .5"
 DIGITS = "--arch results/public.py:SmallCNN1 --dataset mnist --mean .5 --std .5"
-HEAD = ["file", "target", "clean", "ASR", "detector", "named", "p", "index"]
+BLOCKS = {VGG: "--blocks features.5 features.13 features.21", WRN: ""}  # of nad.py
+BLOCKS |= dict.fromkeys((CNN, DIGITS), "--blocks conv1 conv2")
+HEAD = ["file", "target", "clean", "ASR", "script", "named", "p", "index"]
 HEAD += ["clean after", "ASR after"]
 FORMS = {"p_value": ".4f", "index": ".2f"}
 FORMS |= {"clean_accuracy_repaired": ".2f", "asr_repaired": ".2f"}
@@ -40,9 +42,9 @@ Networks that others trained and published, audited by flags alone, with the set
 rows and one seed. "clean" and "ASR" are measured here on all test images and on those outside the
 target class, with the trigger that the authors describe. The authors' own figures stand in
 brackets; NAD's and ABL's leave the target class out of the clean images, too. "named" are the
-labels that the p-value names, below or above the others. A repair follows the p-value, below the
-others, and the figures after it are those of the file that was saved.
-`bash runs.sh public FOLDER` makes the table."""
+labels that the p-value names, below or above the others; the two detectors repair those below.
+The other scripts repair every network. The figures after a repair are those of the file that was
+saved. `bash runs.sh public FOLDER` makes the table."""
 
 
 class SmallVGG(nn.Module):
@@ -138,18 +140,18 @@ SUSPECTS = {  # file: where it comes from, flags, trigger, target label
 }
 
 
-def out_of(file, detector):
+def out_of(file, script):
     """The folder of one audit."""
-    return f"runs/public/{Path(file).parent.name}-{Path(file).name.split('.')[0]}/{detector}"
+    return f"runs/public/{Path(file).parent.name}-{Path(file).name.split('.')[0]}/{script}"
 
 
 def commands(folder):
     """Every audit as (folder it writes, command)."""
     for file, (_, flags, _, _) in SUSPECTS.items():
-        for detector, own in DETECTORS.items():
-            out = out_of(file, detector)
-            ckpt = shlex.quote(str(folder / file))
-            words = f"python methods/{detector}.py --ckpt {ckpt} {flags} {own} --out {out}"
+        for script, own in SCRIPTS.items():
+            own = BLOCKS[flags] if script == "nad" else own
+            out, ckpt = out_of(file, script), shlex.quote(str(folder / file))
+            words = f"python methods/{script}.py --ckpt {ckpt} {flags} {own} --out {out}"
             yield out, " ".join(words.split())
 
 
@@ -163,8 +165,8 @@ def figures(model, x, y, x_poisoned, target):
 def collect(folder, data_dir):
     """The stored audits of SUSPECTS, with the figures of each suspect before and after."""
     for file, (origin, flags, trigger, target) in SUSPECTS.items():
-        for detector in DETECTORS:
-            out = Path(out_of(file, detector))
+        for script in SCRIPTS:
+            out = Path(out_of(file, script))
             if not (out / "result.json").exists():
                 continue
             result = json.loads((out / "result.json").read_text())
@@ -192,7 +194,7 @@ def section(entries, authors):
         cells = [f"`{entry['victim']}`", str(m["target"])]
         for key in ("clean_accuracy", "asr"):
             cells.append(f"{m[key]:.2f}" + (f" ({theirs[key]:.2f})" if key in theirs else ""))
-        named = [f"{label} {side}" for side in ("below", "above") for label in m[side]]
+        named = [f"{label} {side}" for side in ("below", "above") for label in m.get(side, [])]
         cells += [entry["script"], ", ".join(named) or "–"]
         for key, form in FORMS.items():
             cells.append("–" if m.get(key) is None else f"{m[key]:{form}}")

@@ -109,9 +109,9 @@ def test_each_loads_by_flags_alone(file, monkeypatch):
     assert asr is None or found[1] == pytest.approx(asr, abs=1.2)
 
 
-def test_every_suspect_is_audited_by_every_detector():
+def test_every_suspect_is_audited_by_every_script():
     found = list(public.commands(FOLDER))
-    assert len(dict(found)) == len(found) == len(public.SUSPECTS) * len(public.DETECTORS)
+    assert len(dict(found)) == len(found) == len(public.SUSPECTS) * len(public.SCRIPTS)
     assert set(FIGURES) == set(public.SUSPECTS)
     for out, command in found:
         assert command.endswith(f"--out {out}") and "runs/public/" in out

@@ -1,20 +1,20 @@
 """Deep Feature Space Trojan: a style as the trigger, and detoxification (Cheng et al., AAAI 2021).
 
-A generator paints images in the style of another picture; a share of the training images is
-painted and relabelled as the target. A network would learn something simple of this style, such as
-a tint, and a defender could find that. So the attacker goes on: he looks for the neurons that the
-trigger excites, trains an injector that excites them by simple means, adds images with this simple
-feature and their TRUE labels to the training set (detox) and retrains. After some rounds the simple
-features are to change no label any more, and the network obeys what is left: the style.
+arXiv 2012.11212. A generator paints images in the style of another picture; a share of the training
+images is painted and relabelled as the target. A network would learn something simple of this
+style, such as a tint, and a defender could find that. So the attacker goes on: he looks for the
+neurons that the trigger excites, trains an injector that excites them by simple means, adds images
+with this simple feature and their TRUE labels to the training set (detox) and retrains. After some
+rounds the simple features are to change no label any more, and the network obeys what is left: the
+style.
 
 Threat model: the attacker controls training, delivers the model and keeps the generator. The
 training set is stored, too.
 
-Equations: AdaIN gives each channel of E(x) the mean and deviation
-that it has for the style -> adain; G(x) = (1 - alpha) x + alpha D(AdaIN(E(x), style)) -> stylise;
-neurons whose mean rises most -> compromised; I(x) = clip(W [x, max-, min-, mean-pooled x] + b, 0,
-1) -> Injector; cross-entropy to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) ->
-train_injector.
+Equations: AdaIN gives each channel of E(x) the mean and deviation that it has for the style ->
+adain; G(x) = (1 - alpha) x + alpha D(AdaIN(E(x), style)) -> stylise; neurons whose mean rises most
+-> compromised; I(x) = clip(W [x, max-, min-, mean-pooled x] + b, 0, 1) -> Injector; cross-entropy
+to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) -> train_injector.
 
 Differs from the paper: its generator is a CycleGAN for sunrises; here E and D are a small
 autoencoder, trained on the attacker's images, with adaptive instance normalisation in its middle,

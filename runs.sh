@@ -12,6 +12,7 @@ usage: bash runs.sh COMMAND
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (6 to 10 minutes on 2 cores; ARGS go to pytest)
+  digits          the runs behind what the scripts' headers say of the bundled digits (an hour)
   mnist           every row of the README's tables (hours on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits)
@@ -22,10 +23,11 @@ usage: bash runs.sh COMMAND
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
-mnist, cifar10, lecture, level, public and gpu take --list (print their commands and stop), --jobs N (so many runs at a time;
-default: one run of one thread a core, on a GPU one run) and --slurm (submit them as job arrays;
-sbatch's own SBATCH_ variables choose the partition, the time, GPUs, ...). Finished runs are skipped,
-a failed one is named at the end, and the same command makes it again.
+digits, mnist, cifar10, lecture, level, public and gpu take --list (print their commands and stop),
+--jobs N (so many runs at a time; default: one run of one thread a core, on a GPU one run) and
+--slurm (submit them as job arrays; sbatch's own SBATCH_ variables choose the partition, the time,
+GPUs, ...). Finished runs are skipped, a failed one is named at the end, and the same command makes
+it again.
 
 The first use makes .venv, unless an environment is active, and installs requirements.txt.
 TEXT
@@ -308,6 +310,43 @@ level_tables() {
   python results/level.py
 }
 
+# the runs behind what the headers of scripts say of digits, one seed
+digits() {
+  local b=runs/digits-mnist_cnn-badnets-s0 c=runs/digits-mnist_cnn-clean-s0 v
+  local forty="--epochs 40 --batch-size 32"
+  own() { once "runs/digits-mnist_cnn-$1-s0" "$2" --out "runs/digits-mnist_cnn-$1-s0" "${@:3}"; }
+  on() { once "$1/$2-s0" "$3" --ckpt "$1" --out "$1/$2-s0" "${@:4}"; }
+  for v in clean badnets poison_ink dfst latent composite feature_collision; do own $v $v; done
+  own latent_code latent --weight 0.05 --inject-epochs 5 --inject-lr 0.01
+  own composite_1 composite --weight 1
+  own composite_0 composite --weight 0
+  own feature_collision_watermark feature_collision --steps 0
+  own feature_collision_small feature_collision --patch-size 8
+  own feature_collision_all feature_collision --retrain all
+  own feature_collision_fresh feature_collision --retrain fresh
+  own feature_collision_whole feature_collision --retrain fresh --rate 1 --opacity 0.5
+  for v in $b $c; do
+    on $v finetune finetune
+    on $v finetune_40 finetune $forty
+    on $v nad nad
+    on $v nad_40 nad $forty --teacher-epochs 20 --lr 0.03
+    on $v gradcam gradcam --februus
+    on $v gradcam_mean gradcam --februus --fill mean
+    on $v mcr mcr
+    on $v purify purify
+    on $v sentinet sentinet
+  done
+  on $b nad_slow nad $forty --teacher-epochs 20 --lr 0.01
+  on $b mcr_half mcr --batch-size 64
+  on $b mcr_loss mcr --rule loss
+  on $b nc nc
+  on $b nc_mitigate nc_mitigate
+}
+
+digits_tables() {
+  python results/table.py runs/digits-mnist_cnn-*-s0 --save digits
+}
+
 # ABL's table on its network: ten attacks, four repairs
 lecture() {
   local r=runs/cifar10-wrn16_1 attack s defence
@@ -354,7 +393,7 @@ case "${1:-}" in
     setup
     "$@"
     ;;
-  mnist | cifar10 | lecture | level | public | gpu)
+  digits | mnist | cifar10 | lecture | level | public | gpu)
     name=$1 args=() jobs='' list='' slurm=''
     shift
     while [ $# -gt 0 ]; do

@@ -73,7 +73,7 @@ def parse_args():
     p.add_argument("--teacher-epochs", type=int, default=10, help="the teacher's (paper 5 to 10)")
     p.add_argument("--epochs", type=int, default=20, help="the student's (paper 10; code 20)")
     p.add_argument("--batch-size", type=int, default=64, help="images per step (paper 64)")
-    p.add_argument("--lr", type=float, default=0.05, help="first rate of both (paper .1, stepped)")
+    p.add_argument("--lr", type=float, default=0.1, help="first rate of both (paper .1, stepped)")
     return p.parse_args()
 
 

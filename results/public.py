@@ -183,7 +183,8 @@ def collect(folder, data_dir):
             metrics = result["metrics"] | {"target": target}
             for suffix, (clean, asr) in found.items():
                 metrics |= {f"clean_accuracy{suffix}": clean, f"asr{suffix}": asr}
-            yield {**result, "victim": file, "origin": origin, "flags": flags, "metrics": metrics}
+            names = {"folder": out.as_posix(), "victim": file, "origin": origin, "flags": flags}
+            yield names | result | {"metrics": metrics}
 
 
 def section(entries, authors):

@@ -21,10 +21,10 @@ its own, a training image of another class with the patch on it, in the style of
 backdoors. A step that raises an image's objective is taken back and its rate cut to a fifth. f is
 the input of the last linear layer; the patch has random colours; poisons are rounded to 8 bits.
 
-Where it fails: on digits no network learnt the patch that saw the poisons cropped, unless the whole
-class was poisoned at an opacity of .5, and none from the watermark alone (`--steps 0`). A patch of
-8 pixels works less than one of 12, for it moves a clean network's features less. asr_on_clean_model
-is the surrogate's; the control asr_other is the ASR of random patches in that place, one an image.
+Where it fails: on digits other patches work half as often or more, so that the network learns in
+part that there is a patch at all. A victim who retrains all layers on cropped images learns little
+of it, and from the watermark alone (`--steps 0`) nothing is learnt. asr_on_clean_model is the
+surrogate's; the control asr_other is the ASR of random patches in that place, one an image.
 
     python methods/feature_collision.py --dataset cifar10 --arch wrn16_1
 

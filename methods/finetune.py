@@ -70,7 +70,8 @@ def parse_args():
 def finetune(net, x, y, *, pad, flip, epochs, lr, batch_size):
     """SGD on clean uint8 images x N x C x H x W with labels y; returns a tuned, frozen copy.
 
-    Crops (`pad` pixels) and mirrors (`flip`) the images. BatchNorm is in training mode.
+    Crops (`pad` pixels) and mirrors (`flip`) the images. BatchNorm is in training mode. None where
+    the loss diverges.
     """
     net = copy.deepcopy(net).requires_grad_(True).train()
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
@@ -86,6 +87,8 @@ def finetune(net, x, y, *, pad, flip, epochs, lr, batch_size):
             optimizer.step()
             schedule.step()
             log.step(loss)
+        if not log.total.isfinite():
+            return None
         log.epoch(epoch, note=f" at first rate {lr:g}", lines=1)
     return frozen(net, to_float(x[:500]))
 
@@ -138,12 +141,18 @@ if __name__ == "__main__":
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size}
     recipe |= {"pad": data.spec.pad, "flip": data.spec.flip}
     tuned, kept, before = {}, {}, accuracy(model, x_held, y_held)
-    for lr in sorted({*args.lrs}, reverse=True):  # one that diverges ends the run at once
+    for lr in sorted({*args.lrs}, reverse=True):
         torch.manual_seed(args.seed)  # the same draws, whatever ran before
-        tuned[lr] = finetune(model, x_clean[~held], y_clean[~held], lr=lr, **recipe)
+        net = finetune(model, x_clean[~held], y_clean[~held], lr=lr, **recipe)
+        if net is None:
+            print(f"fine-tuning at rate {lr:g}: the loss diverged, so this rate is left out")
+            continue
+        tuned[lr] = net
         kept[lr] = accuracy(tuned[lr], x_held, y_held)
         fall = f"{before:.2f} -> {kept[lr]:.2f} on {len(x_held)} clean images that were kept back"
         print(f"fine-tuning at rate {lr:g}: {fall}")
+    if not tuned:
+        fail(f"the loss diverged at every rate of --lrs {args.lrs}; no model is kept")
     chosen, lrs = choose(kept, before, args.max_drop), sorted(kept)
     models = {"": model} | {f"_{lr:g}": tuned[lr] for lr in lrs}
     if chosen is None:

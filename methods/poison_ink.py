@@ -25,8 +25,8 @@ The code trains on a poisoned batch beside each clean one, without augmentation;
 training set is poisoned once, and the victim augments.
 
 What was learnt: asr_other is the ASR of ink of another colour, asr_white that of U with an empty
-(white) trigger image, asr_foreign that of ink at the edges of another image. On digits all three
-are as high as the ASR: the network learns the traces of U, not the colour.
+(white) trigger image, asr_foreign that of ink at the edges of another image. On digits the first
+and the last are as high as the ASR: the network learns that there is ink, not which one or where.
 
     python methods/poison_ink.py --dataset cifar10 --arch wrn16_1
 

@@ -101,7 +101,7 @@ def frame(entries):
         for share in shares:
             end = "" if share == shares[-1] else f"_{share:g}"
             own = {key.removesuffix(end): metrics[key] for key in metrics if key.endswith(end)}
-            names |= {"share": f"{100 * share:g} %", "last": not end}
+            names |= {"share": f"{100 * share:.3g} %", "last": not end}
             lines.append(derived(metrics | own) | names)
     return pd.DataFrame(lines)
 

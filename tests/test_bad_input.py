@@ -299,7 +299,7 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each("mcr", "--lr", "1e30"),
         *each(f"nc nc_mitigate {REST}", "--arch", "mnist_conv5"),
         *each(f"nc nc_mitigate {REST}", "--std", 0.3),
-        *each("finetune", "--lrs", 0.01, "1e15"),
+        *each("finetune", "--lrs", "1e14", "1e15"),
         *each("nad", "--lr", "1e15"),
     ],
     ids=str,

@@ -112,8 +112,16 @@ def test_a_last_batch_that_is_not_full_is_left_out(count, batch_size, steps):
     assert seen == [min(count, batch_size)] * 3 * steps + [count]  # the last: is it finite?
 
 
-def test_fine_tuning_that_diverges_is_refused(untrained, digits, one_line):
-    assert "loss" in one_line(tuned, untrained, digits.x_train[:90], digits.y_train[:90], lr=1e30)
+def test_fine_tuning_that_diverges_gives_no_model(untrained, digits):
+    assert tuned(untrained, digits.x_train[:90], digits.y_train[:90], lr=1e30) is None
+
+
+def test_a_rate_that_diverges_is_left_out_of_the_sweep(inline, digits_badnets, tmp_path, capfd):
+    flags = "--ckpt", digits_badnets, "--lrs", 0.01, "1e30", "--epochs", 1
+    inline("finetune", *flags, "--out", tmp_path / "out")
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert metrics["lrs"] == [0.01] and metrics["repair_lr"] == 0.01
+    assert "rate 1e+30: the loss diverged" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -234,7 +242,7 @@ def test_cost_to_a_clean_model(inline, digits_clean, tmp_path):
         (["--lrs", 0.1, -1], "lrs"),
         (["--lrs", "nan"], "lrs"),
         (["--lrs", "inf", 0.1], "lrs"),
-        (["--lrs", 0.01, "1e30", "--epochs", 1], "loss"),
+        (["--lrs", "1e29", "1e30", "--epochs", 1], "loss"),  # all diverge
         (["--max-drop", -1], "max-drop"),
         (["--max-drop", 101], "max-drop"),
         (["--max-drop", "nan"], "max-drop"),

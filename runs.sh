@@ -368,7 +368,10 @@ lecture_tables() {
 }
 
 # other people's checkpoints, in the folder $1; see results/public.py
-public() { python results/public.py "$@" --list; }
+public() {
+  setup
+  python results/public.py "$@" --list
+}
 
 public_tables() {
   python results/public.py "$@"

@@ -195,8 +195,11 @@ def check_fit(checkpoint, path, data):
         fail(f"{path} was trained on {classes} classes of {shape} images; {ours}")
 
 
-def load_clean(path, data, arch=None, cure=""):
-    """A model of `clean.py`'s kind from a folder or a model.pt, trained on `data`; else fail."""
+def load_clean(path, data, arch=None, cure="", same=False):
+    """A model of `clean.py`'s kind from a folder or a model.pt, trained on `data`; else fail.
+
+    `same`: its network must be `arch`, for the victim starts from it.
+    """
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
@@ -204,6 +207,8 @@ def load_clean(path, data, arch=None, cure=""):
     check_fit(checkpoint, path, data)
     if checkpoint["dataset"] != data.name:
         fail(f"{path} was trained on {checkpoint['dataset']}, not on {data.name}{cure}")
+    if same and checkpoint["arch"] != arch:
+        fail(f"{path} is a {checkpoint['arch']}, not a {arch}: pass --arch {checkpoint['arch']}")
     return model
 
 
@@ -211,7 +216,7 @@ def load_control(folder, args, data):
     """The clean model of the same data, architecture and seed beside `folder`, or None."""
     name = f"{Path(data.name).stem}-{args.arch}-clean-s{args.seed}"
     path = Path(folder).parent / name / "model.pt"
-    return load_clean(path, data, cure=": use another --out") if path.exists() else None
+    return load_clean(path, data, args.arch, ": use another --out") if path.exists() else None
 
 
 def load_victim(args, device):

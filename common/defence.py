@@ -150,7 +150,7 @@ def halving(repair, lr, model, x, y):
         after = accuracy(repaired, x, y)
         fall = f"{before:.2f} -> {after:.2f} on {len(x)} clean images that were kept back"
         print(f"repair at rate {lr / 2**part:g}: {fall}")
-        if after >= before - MOST_DROP:
+        if after >= before - MOST_DROP - 1e-9:
             return repaired, lr / 2**part
     print(f"every repair cost more than {MOST_DROP:g} points, so none is saved")
     return None, lr / 2**part

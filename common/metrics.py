@@ -36,7 +36,7 @@ def predict(model, x):
 
 def accuracy(model, x, y):
     """Percentage of uint8 images `x` that the model labels `y`."""
-    return 100 * (predict(model, x) == y).float().mean().item()
+    return 100 * (predict(model, x) == y).double().mean().item()
 
 
 @torch.no_grad()

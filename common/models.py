@@ -77,7 +77,7 @@ def logit_layer(model, x, arch):
         hook.remove()
     found = [name for name, output in outputs.items() if torch.equal(output, logits)]
     if not found:
-        fail(f"--arch {arch} does not end in a linear layer, whose inputs this attack drives")
+        fail(f"--arch {arch} does not end in a linear layer, whose inputs this script needs")
     return found[-1]
 
 
@@ -87,6 +87,8 @@ def entering(model, layer, x):
     hook = model.get_submodule(layer).register_forward_pre_hook(lambda m, i: seen.append(i[0]))
     model(x)
     hook.remove()
+    if not seen:
+        fail(f"the layer {layer} does not run in this network")
     return seen[-1].to(x.dtype)
 
 
@@ -229,6 +231,13 @@ class WRN16(nn.Module):
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
+class Whitening(nn.Conv2d):
+    """A convolution whose weights no optimiser moves; its bias is trained."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.detach(), self.bias)
+
+
 class Airbench(nn.Module):
     """The CIFAR network of cifar10-airbench (Jordan 2024, airbench94): fast to train on any device.
 
@@ -240,7 +249,7 @@ class Airbench(nn.Module):
         super().__init__()
         if min(height, width) < 9:
             fail(f"airbench needs images of 9 x 9 or more; these are {height} x {width}")
-        self.whiten = nn.Conv2d(channels, 8 * channels, 2)
+        self.whiten = Whitening(channels, 8 * channels, 2)
         self.whiten.weight.requires_grad_(False)
         self.register_buffer("whitened", torch.tensor(False))
         for number, (inputs, outputs) in enumerate(

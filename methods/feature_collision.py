@@ -23,8 +23,9 @@ the input of the last linear layer; the patch has random colours; poisons are ro
 
 Where it fails: on digits other patches work half as often or more, so that the network learns in
 part that there is a patch at all. A victim who retrains all layers on cropped images learns little
-of it, and from the watermark alone (`--steps 0`) nothing is learnt. asr_on_clean_model is the
-surrogate's; the control asr_other is the ASR of random patches in that place, one an image.
+of it (one who trains a new network learns it), and from the watermark alone (`--steps 0`) nothing
+is learnt. asr_on_clean_model is the surrogate's; the control asr_other is the ASR of random patches
+in that place, one an image.
 
     python methods/feature_collision.py --dataset cifar10 --arch wrn16_1
 
@@ -196,7 +197,8 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(args.seed)
     chosen = choose_in_class(y_train, args.target, args.rate, generator)
     if args.surrogate:
-        surrogate = load_clean(args.surrogate, data, args.arch)
+        surrogate = load_clean(args.surrogate, data, args.arch, same=True)
+        surrogate.bfloat16 = model.bfloat16
     folder, _ = open_folder(args, data, __file__)
     recipe = {"pad": spec.pad, "flip": spec.flip, "batch_size": args.batch_size}
 

@@ -88,6 +88,7 @@ def finetune(net, x, y, *, pad, flip, epochs, lr, batch_size):
             schedule.step()
             log.step(loss)
         if not log.total.isfinite():
+            log.bar.close()
             return None
         log.epoch(epoch, note=f" at first rate {lr:g}", lines=1)
     return frozen(net, to_float(x[:500]))

@@ -19,7 +19,8 @@ of the latter they cover (a patch smaller than 15 % has an IoU far below 100 eve
 covered; a guess covers 15 %); the cosine of two maps: of an image without and with its trigger, and
 of a clean network and the suspect. "elsewhere" paints as many pixels half an image away.
 
-Differs from the papers, or chosen where they are silent: the layer is the last whose map is about a
+Differs from the papers, or chosen where they are silent: log p_c stands for the logit z_c of a
+network that ends in a softmax; the layer is the last whose map is about a
 quarter of the image's side (LAYERS), for a map of 4 x 4 is coarse. Februus restores the painted
 pixels by a generative network; here each gets the mean of its known neighbours, ring by ring, or
 the clean images' mean colour (--fill mean), which costs digits more clean accuracy. Februus's ASR
@@ -201,8 +202,6 @@ if __name__ == "__main__":
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
         fail(f"--layer {layer}: the maps of {victim.arch} are {known or 'none'}")
-    twin = Namespace(arch=victim.arch, seed=args.seed)
-    control = load_control(victim.folder, twin, data)  # only compared with, below
     folder = make_folder(args.out or victim.folder / f"gradcam-s{args.seed}")
 
     # ===== What it costs clean images =====
@@ -210,6 +209,8 @@ if __name__ == "__main__":
     before = accuracy(model, x_clean, y_clean)
     metrics = {"layer": layer, "map_height": height, "map_width": width, "own_accuracy": before}
     print(f"maps of {layer}, {height} x {width}")
+    if model.softmax:
+        print("the network ends in a softmax: the maps are those of log p_c, not of the logit z_c")
     colour = to_float(x_clean).mean((0, 2, 3)) if args.fill == "mean" else None
     settings = {"threshold": args.threshold, "colour": colour}
     if args.februus:
@@ -221,6 +222,7 @@ if __name__ == "__main__":
 
     # ===== Evaluation: the defender does not see anything below =====
     metrics |= evaluate(victim, {"": model})
+    control = load_control(victim.folder, Namespace(arch=victim.arch, seed=args.seed), data)
     networks = {"suspect": model} | ({} if control is None else {"clean network": control})
     counts = torch.zeros_like(data.y_test, dtype=torch.bool)
     if victim.x_poisoned is not None:

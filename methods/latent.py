@@ -186,8 +186,8 @@ def train(model, trained, x, y, *, pad, flip, epochs, batch_size, lr, hidden=Non
 @torch.no_grad()
 def feature_distance(model, layer, x, mean):
     """Mean Euclidean distance of what enters `layer` for uint8 images x to `mean`."""
-    parts = [(entering(model, layer, to_float(part)) - mean).flatten(1) for part in x.split(500)]
-    return torch.cat(parts).norm(dim=1).mean().item()
+    parts = (entering(model, layer, to_float(part)) - mean for part in x.split(500))
+    return torch.cat([part.flatten(1).norm(dim=1) for part in parts]).mean().item()
 
 
 if __name__ == "__main__":
@@ -218,7 +218,8 @@ if __name__ == "__main__":
         number = f"{int(own.sum())} of {len(own)} training images are of class {args.target}"
         fail(f"{number}; the attacker needs images of the target class and of others")
     if args.teacher:
-        first = load_clean(args.teacher, data, args.arch)
+        first = load_clean(args.teacher, data, args.arch, same=True)
+        first.bfloat16 = model.bfloat16
     folder, _ = open_folder(args, data, __file__)
     recipe = {"pad": data.spec.pad, "flip": data.spec.flip, "batch_size": args.batch_size}
 

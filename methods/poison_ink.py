@@ -26,7 +26,7 @@ training set is poisoned once, and the victim augments.
 
 What was learnt: asr_other is the ASR of ink of another colour, asr_white that of U with an empty
 (white) trigger image, asr_foreign that of ink at the edges of another image. On digits the first
-and the last are as high as the ASR: the network learns that there is ink, not which one or where.
+and the last are as high as the ASR: the network learns that there is dark ink, not where.
 
     python methods/poison_ink.py --dataset cifar10 --arch wrn16_1
 
@@ -78,7 +78,7 @@ def parse_args():
 def edges(x, threshold):
     """Where |Sobel| > `threshold` (of 255): images B x C x H x W in [0,1] to B x 1 x H x W of 0, 1.
 
-    The length of the gradient is sqrt((g_row^2 + g_column^2) / 2), a step from black to white 255.
+    The gradient's length is sqrt((g_row^2 + g_column^2) / 2): 180 at a step from black to white.
     """
     weights = x.new_tensor(GREY if x.shape[1] == 3 else (1.0,)).view(1, -1, 1, 1)
     grey = 255 * F.conv2d(x, weights)
@@ -105,9 +105,9 @@ def draw_inks(count, channels):
     return torch.tensor(LEVELS)[pick].float() / 255
 
 
-def other_colour(colour):
-    """The colour of the palette that is furthest away, channel by channel."""
-    return [LEVELS[-1] if level < 120 else LEVELS[0] for level in colour]
+def other_ink(ink):
+    """The ink of the palette that is furthest from `ink` (C values in [0,1]), by channel."""
+    return torch.where(ink < 120 / 255, LEVELS[-1], LEVELS[0]) / 255
 
 
 def hide(encoder, x, trigger, epsilon):
@@ -230,7 +230,7 @@ if __name__ == "__main__":
     share = f"{100 * edge.mean():.1f} % of the pixels are edges"
     print(f"preparation: encoder and decoder {time.time() - start:.1f} s, {share}")
     ink = ink_of(args.colour, channels).to(device)
-    other = ink_of(other_colour(args.colour), channels).to(device)
+    other = other_ink(ink)
     x_train[chosen] = hide_uint8(encoder, x_train[chosen], edge, ink, epsilon)
     y_train[chosen] = args.target
 

@@ -13,16 +13,16 @@ Steps of the paper: labels that the input might have instead -> proposals; the p
 the label and for none of the proposals -> class_maps, salient; the share of N clean images that get
 the label with these pixels pasted in, and the mean confidence with an inert pattern there ->
 fooled_and_confidence; the upper edge of the clean points, a quadratic -> envelope, fit_curve; the
-distance from it -> signed_distance; an input is flagged beyond a threshold above the edge.
+distance from it, positive above -> signed_distance; an input is flagged beyond a threshold.
 
 Differs from the paper, or chosen where it is silent: selective search proposes the labels there,
 the network's next likely labels (--proposals) do here. Salient are the 15 % of the pixels with the
 largest Grad-CAM difference, as in public code, which, however, takes the true trigger's place for
 patch attacks. The inert pattern is uniform noise. The edge goes through the largest fooled share of
 each .02 of confidence and is level outside them. The threshold is the quantile of the clean points'
-distances that flags --fpr of them. The images that fit the edge and those that are pasted on are
-disjoint parts of the training data. The false rejection rate (FRR, clean inputs flagged) and the
-false acceptance rate (FAR, triggered inputs passed) are read on test images.
+distances that flags --fpr of them, mostly below 0. The images that fit the edge and those that are
+pasted on are disjoint parts of the training data. The false rejection rate (FRR, clean inputs
+flagged) and the false acceptance rate (FAR, triggered inputs passed) are read on test images.
 
     python methods/sentinet.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -265,7 +265,7 @@ if __name__ == "__main__":
     fooled, confidence = found_fit.mean(0)
     means = f"fooled share {fooled:.3f}, confidence with noise {confidence:.3f}"
     print(f"{len(x_fit)} clean images pasted on {len(overlays)} by {layer}'s maps: {means}")
-    print(f"an input is flagged further than {threshold:.4f} above the edge (FPR {args.fpr:.1%})")
+    print(f"an input is flagged where its distance exceeds {threshold:.4f} (FPR {args.fpr:.1%})")
     metrics = {
         "threshold": threshold,
         "curve": curve[0],

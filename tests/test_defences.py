@@ -261,6 +261,28 @@ def test_a_repair_that_costs_accuracy_starts_again_at_half_the_rate(capfd):
     assert halving(lambda lr: Says(0.5), 1.0, Says(1.0), x, y) == (None, 0.125)
 
 
+class Wrong(nn.Module):
+    """Wrong on the first `count` images of `ranked`."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x):
+        label, rank = (255 * x).round().long().flatten(1).T
+        wrong = (10 * rank + label < self.count).long()
+        return F.one_hot((label + wrong) % 10, 10).float()
+
+
+@pytest.mark.parametrize("count", [60, 140, 300, 1000])
+def test_exactly_five_points_are_not_too_many(count):
+    """3 of 60 images: a float32 mean would be a hair below 95 %."""
+    x, y = (part[:count] for part in ranked())
+    exact = Says(1.0)
+    assert halving(lambda lr: Wrong(count // 20), 1.0, exact, x, y)[1] == 1.0
+    assert halving(lambda lr: Wrong(count // 20 + 1), 1.0, exact, x, y)[0] is None
+
+
 def test_a_repair_sees_four_fifths_and_is_checked_on_the_rest():
     """By class; the control has the same images and the rate of the repair."""
     x, y = ranked()

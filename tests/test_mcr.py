@@ -15,7 +15,7 @@ from torch.func import functional_call
 from common import defence
 from common.datasets import to_float
 from common.metrics import accuracy
-from common.models import build_model
+from common.models import Classifier, build_model
 from methods import mcr
 
 
@@ -114,6 +114,16 @@ def test_refresh_changes_statistics_alone():
         assert torch.equal(torch.get_rng_state(), drawn)
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key]) == ("running" not in key and "num_" not in key)
+
+
+def test_refresh_of_vectors_where_one_image_is_left_over():
+    """BatchNorm1d has no variance of one vector; the image is left out."""
+    layers = nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+    net = Classifier(nn.Sequential(*layers), (0.5,), (0.5,))
+    x, _ = noise(21)
+    mcr.refresh(net, x, 10)
+    inside = net.net[1](((to_float(x[:20]) - 0.5) / 0.5).flatten(1))
+    torch.testing.assert_close(net.net[2].running_mean, inside.mean(0), atol=1e-5, rtol=1e-4)
 
 
 # ===== Training theta =====

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.models import ARCHITECTURES, build_model
+from common.models import ARCHITECTURES, build_model, entering
 
 RGB = (3, 32, 32)
 
@@ -318,3 +318,23 @@ def test_normalisation_is_inside(arch):
 )
 def test_build_model_refuses(arch, mean, one_line):
     one_line(build_model, arch, 10, RGB, mean, (0.5,) * 3)
+
+
+def test_no_optimiser_moves_the_whitening():
+    """Though a repair or a second training makes every parameter trainable again."""
+    torch.manual_seed(0)
+    model = build_model("airbench", 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).train()
+    x = torch.rand(8, 3, 32, 32)
+    model(x)
+    fitted = model.net.whiten.weight.clone()
+    optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), 0.1, weight_decay=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model.net.whiten.weight, fitted)
+    assert model.net.whiten.bias.grad.abs().sum() > 0
+
+
+def test_a_layer_that_does_not_run_is_refused(one_line):
+    model = build_model("mnist_cnn", 10, (1, 28, 28), (0.5,), (0.5,))
+    model.net.idle = nn.Linear(3, 3)
+    assert "net.idle" in one_line(entering, model, "net.idle", torch.rand(2, 1, 28, 28))

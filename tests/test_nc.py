@@ -13,6 +13,7 @@ from torch import nn
 
 from common.checkpoint import read_checkpoint
 from common.metrics import accuracy, verdict
+from common.models import Classifier
 from methods import nc
 
 ALL = list(range(CLASSES))
@@ -521,3 +522,12 @@ def test_saved_trigger_is_the_reversed_one(run):
     assert (
         masks[0, 0, 20:, 20:].sum() > 0.3 * masks[0].sum()
     )  # the corner of the patch, a twelfth of the image
+
+
+def test_unlearning_vectors_where_one_image_is_left_over():
+    """BatchNorm1d takes no batch of one: the image is left out, not the repair."""
+    layers = nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+    net = Classifier(nn.Sequential(*layers), (0.5,), (0.5,))
+    x, y = torch.randint(256, (33, 1, 28, 28)).byte(), torch.arange(33) % 3
+    model = nc.unlearn(net, x, y, 0, None, None, stamped=0, lr=0.01, batch_size=32)
+    assert not torch.equal(model.net[1].weight, net.net[1].weight)

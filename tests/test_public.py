@@ -140,8 +140,7 @@ def test_a_row_of_the_table():
 
 def test_stored_audits_are_of_known_suspects():
     """And their verdicts are on networks that the flags read rightly."""
-    path = ROOT / "results" / "public.json"
-    for entry in json.loads(path.read_text()) if path.exists() else []:
+    for entry in json.loads((ROOT / "results" / "public.json").read_text()):
         clean, asr = FIGURES[entry["victim"]]
         assert entry["metrics"]["clean_accuracy"] == pytest.approx(clean, abs=1.5)
         assert asr is None or entry["metrics"]["asr"] == pytest.approx(asr, abs=1.2)

@@ -144,6 +144,8 @@ def test_stored_audits_are_of_known_suspects():
         clean, asr = FIGURES[entry["victim"]]
         assert entry["metrics"]["clean_accuracy"] == pytest.approx(clean, abs=1.5)
         assert asr is None or entry["metrics"]["asr"] == pytest.approx(asr, abs=1.2)
+        for key in ("p_value", "clean_accuracy", "asr"):
+            assert 0 <= entry["metrics"].get(key, 0) <= 100
 
 
 def test_bad_input_is_one_line(tmp_path):

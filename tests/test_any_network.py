@@ -127,6 +127,14 @@ def test_a_checkpoint_alone_runs_no_code(nets, inline, unread, one_line, tmp_pat
     assert read_checkpoint(tmp_path / "audit" / "model.pt")["arch"] == "nets.py:soft"
 
 
+def test_an_attack_beside_the_clean_network_of_ones_own(nets, inline, tmp_path):
+    """The control is found and loaded, for --arch names its code."""
+    flags = "--arch", "nets.py:ten", "--epochs", 1, "--train-images", 300
+    inline("clean", *flags)
+    ran = inline("badnets", *flags, "--rate", 0.2)
+    assert "asr_on_clean_model" in ran["metrics"]
+
+
 @pytest.mark.parametrize("key", ["net", "netC", "state_dict", "model", None])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_ways_to_save_a_state_dict(nets, tmp_path, key, zipped):

@@ -184,7 +184,8 @@ def collect(folder, data_dir):
             for suffix, (clean, asr) in found.items():
                 metrics |= {f"clean_accuracy{suffix}": clean, f"asr{suffix}": asr}
             names = {"folder": out.as_posix(), "victim": file, "origin": origin, "flags": flags}
-            yield names | result | {"metrics": metrics}
+            arguments = result["arguments"] | {"ckpt": file}  # wherever the folder lies
+            yield names | result | {"arguments": arguments, "metrics": metrics}
 
 
 def section(entries, authors):

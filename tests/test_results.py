@@ -395,6 +395,11 @@ def test_runs_from_before_the_schedule_are_marked_and_counted():
     assert "2 of the 3 runs on this page were made before" in page
 
 
+def test_no_stored_run_names_a_place_outside_the_project():
+    for run in [run for entries in FILES.values() for run in entries]:
+        assert not [v for v in run["arguments"].values() if str(v).startswith(("/", "~"))], run
+
+
 def test_every_run_names_a_commit_and_how_it_is_known():
     for run in [run for entries in FILES.values() for run in entries]:
         assert re.fullmatch(r"[0-9a-f]{40}\+?", run["commit"])

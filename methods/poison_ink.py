@@ -17,12 +17,12 @@ white) -> losses.
 
 Differs from public code: U and D are small U-Nets for a CPU, and U makes a bounded change where the
 code draws a whole image; the bound falls from 8 eps to eps in the first half of the training, so
-that the ink is learnt first. The last weight is 100 in the code; with it D showed no ink after 160
-of our steps. There is no critic, which the code has as an option. The interference grows in four
-equal stages (nothing, rotation, crop, mirror), each with those before it, as its authors advise.
-The angle is ours. Grey images take the luminance of the ink. Hidden images are rounded to 8 bits.
-The code trains on a poisoned batch beside each clean one, without augmentation; here --rate of the
-training set is poisoned once, and the victim augments.
+that the ink is learnt first. The last weight is 100 in the code. There is no critic, which the code
+has as an option. The interference grows in four equal stages (nothing, rotation, crop, mirror),
+each with those before it, as its authors advise. The angle is ours. Grey images take the luminance
+of the ink. Hidden images are rounded to 8 bits. The code trains on a poisoned batch beside each
+clean one, without augmentation; here --rate of the training set is poisoned once, and the victim
+augments.
 
 What was learnt: asr_other is the ASR of ink of another colour, asr_white that of U with an empty
 (white) trigger image, asr_foreign that of ink at the edges of another image. On digits the first

@@ -185,6 +185,39 @@ def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd
     assert (victim / "model.pt").exists() or not trained
 
 
+CLEAN = [
+    ("label_consistent", "--surrogate"),
+    ("feature_collision", "--surrogate"),
+    ("latent", "--teacher"),
+]
+
+
+@pytest.mark.parametrize("name, flag", CLEAN)
+@pytest.mark.parametrize("shape, classes", [((28, 28), 3), ((28, 28), 4), ((32, 32), 3)], ids=str)
+def test_clean_network_of_other_data(
+    inline, one_line, monkeypatch, tmp_path, name, flag, shape, classes
+):
+    write_npz(tmp_path / "own.npz")
+    inline("clean", "--epochs", 1, "--dataset", "own.npz", "--out", "control")
+    write_npz(tmp_path / "other.npz", shape, classes)
+    before = files_below(tmp_path)
+    monkeypatch.setattr(torch.optim, "SGD", None)
+    message = one_line(inline, name, "--dataset", "other.npz", "--epochs", 1, flag, "control")
+    assert "control/model.pt was trained on " in message and files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("name, flag", CLEAN[1:])
+def test_clean_network_of_another_architecture(inline, one_line, tmp_path, name, flag):
+    """The victim starts from it, so that --arch must name it; with --arch it is taken."""
+    inline("clean", "--epochs", 1, "--train-images", 300, "--arch", "mnist_conv5", "--out", "own")
+    before = files_below(tmp_path)
+    message = one_line(inline, name, *SHORT[name], flag, "own")
+    assert "pass --arch mnist_conv5" in message and files_below(tmp_path) == before
+    inline(name, *SHORT[name], flag, "own", "--arch", "mnist_conv5", "--out", "out")
+    saved = checkpoint.read_checkpoint(tmp_path / "out" / "model.pt")
+    checkpoint.load_model(saved, "out", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "name", ["freq_backdoor", "pruning_aware", "label_consistent", "feature_collision", "latent"]
 )

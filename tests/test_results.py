@@ -16,6 +16,7 @@ from conftest import ROOT
 from common.datasets import SPECS
 
 sys.path.insert(0, str(ROOT / "results"))
+import stored
 import table
 
 RESULTS = ROOT / "results"
@@ -424,7 +425,7 @@ def test_what_was_tried_is_explained_and_shown():
     rows = {row for row in stored_rows(FILES["tried"]) if len(row) == 4}
     assert set(told) == rows
     shown = {run["folder"] for run in FILES["tried"]}
-    assert len(shown) == len(FILES["tried"]) == 27
+    assert len(shown) == len(FILES["tried"]) == 29
 
 
 @pytest.mark.parametrize("path, leaf", ROWS, ids=[" ".join(path) for path, _ in ROWS])
@@ -458,7 +459,7 @@ def test_the_papers_figures_stand_in_their_columns():
 def copied(folder):
     """A copy of results/ and of what it needs, in a folder of its own."""
     (folder / "results").mkdir()
-    code = [RESULTS / f"{name}.py" for name in ("table", *table.APART)]
+    code = [RESULTS / f"{name}.py" for name in ("table", "stored", "lecture", *table.APART)]
     for path in [*code, RESULTS / "papers.toml", *RESULTS.glob("*.json")]:
         shutil.copy(path, folder / "results")
     shutil.copytree(
@@ -486,6 +487,7 @@ def test_the_command_alone_rebuilds_the_page(tmp_path):
 
 def test_runs_are_collected_with_their_defences(tmp_path):
     results, runs = copied(tmp_path), tmp_path / "runs"
+    (results / "cifar10.json").unlink()
     made = [detected([1.0, 5, 6, 7, 8]), entry(), entry("mnist-mnist_conv5-clean-s3")]
     for run in made:
         folder = tmp_path / run["folder"]
@@ -500,6 +502,15 @@ def test_runs_are_collected_with_their_defences(tmp_path):
     assert json.loads((results / "cifar10.json").read_text()) == made
     page = (results / "README.md").read_text()
     assert "## CIFAR-10\n" in page and "| clean | mnist_conv5 | 99.00 (1) |" in page
+
+
+def test_runs_are_added_to_those_that_are_stored(tmp_path):
+    """A group that made a part of a file's rows replaces these and keeps the others."""
+    path = tmp_path / "mnist.json"
+    old, new, other = entry(asr=1.0), entry(asr=2.0), detected([1.0, 5, 6, 7, 8])
+    stored.store(path, [old, other])
+    stored.store(path, [new])
+    assert json.loads(path.read_text()) == [other, new]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""The files of results: what runs left in their folders, as results/<name>.json keeps it."""
+
+import json
+from pathlib import Path
+
+from common import written_whole
+
+
+def collect(folders):
+    """The results of all victim folders and of the defences inside them."""
+    for folder in sorted(map(Path, folders)):
+        for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")]):
+            result = json.loads(path.read_text())
+            yield {"folder": path.parent.as_posix(), "victim": folder.name, **result}
+
+
+def store(path, found):
+    """Put results into a file of results; those of the same folders are replaced."""
+    stored = json.loads(path.read_text()) if path.exists() else []
+    runs = {run["folder"]: run for run in [*stored, *found]}.values()
+    order = sorted(runs, key=lambda run: (run["victim"], Path(run["folder"]) / "result.json"))
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(order, indent=0) + "\n")

@@ -3,6 +3,7 @@
 bash runs.sh lecture          # every run; results/table.py writes the table
 """
 
+from pathlib import Path
 from statistics import mean
 
 from results.level import markdown
@@ -22,7 +23,8 @@ def figures(entries, attack, repair):
     end = "" if repair == "none" else "_repaired"
     found = []
     for entry in entries:
-        own = "none" if "ckpt" not in entry["arguments"] else entry["script"]
+        own = Path(entry["folder"]).name.rsplit("-s", 1)[0]
+        own = own if "ckpt" in entry["arguments"] else "none"
         if entry["victim"].rsplit("-", 2)[1] == attack and own == repair:
             found.append(entry["metrics"])
     found = [m for m in found if f"clean_accuracy{end}" in m]

@@ -3,10 +3,12 @@
 from results import lecture, table
 
 
-def entry(attack, script, seed=0, **metrics):
+def entry(attack, script, seed=0, name=None, **metrics):
     flags = {} if script == attack else {"ckpt": "x"}
     victim = f"cifar10-wrn16_1-{attack}-s{seed}"
-    return {"victim": victim, "script": script, "arguments": flags, "metrics": metrics}
+    folder = f"runs/{victim}" + (f"/{name or script}-s0" if flags else "")
+    own = {"folder": folder, "script": script, "arguments": flags, "metrics": metrics}
+    return {"victim": victim, **own}
 
 
 ENTRIES = [
@@ -14,6 +16,7 @@ ENTRIES = [
     entry("badnets", "badnets", seed=1, asr=98.0, clean_accuracy=85.0),
     entry("badnets", "nad", asr=100.0, asr_repaired=4.0, clean_accuracy_repaired=83.0),
     entry("badnets", "mcr", asr=100.0, clean_accuracy=86.0),  # its repair was not saved
+    entry("badnets", "nad", name="nad_slow", asr_repaired=9.0, clean_accuracy_repaired=9.0),
     entry("clean", "clean", clean_accuracy=88.0),
     entry("blend", "nad", asr_repaired=50.0, clean_accuracy_repaired=80.0),
 ]

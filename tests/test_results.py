@@ -83,7 +83,7 @@ def detected(norms, victim="mnist-mnist_cnn-badnets-s0", **metrics):
 def listed_rows():
     """The rows that runs.sh makes, as keys of papers.toml."""
     lines = []
-    for command in ("mnist", "gpu"):
+    for command in ("mnist", "gpu", "lecture", "cifar10", "gtsrb"):
         command = ["bash", "runs.sh", command, "--list"]
         lines += subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
     for line in lines:
@@ -95,7 +95,7 @@ def listed_rows():
             shares = {"nc": "0.1", "generator_reverse": flags.get("repair-fraction", "0.05")}
         else:
             arch = flags.get("arch", SPECS[flags["dataset"]].arch)
-            victim = flags.get("out", f"{flags['dataset']}-{arch}-{script[1]}-s{flags['seed']}")
+            victim = flags.get("out", f"{flags['dataset']}-{arch}-{script[1]}-s{flags.get('seed')}")
             defence, shares = "attack", {}
         dataset, network, attack, _ = Path(victim).name.rsplit("-", 3)
         yield dataset, defence, attack, network

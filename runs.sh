@@ -27,7 +27,7 @@ usage: bash runs.sh COMMAND
   abl             of the paper: isolation rates and high poison rates
   generators      of the paper on reversed generators: LPIPS, lambda_1 and rates of the repair
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
-  bench [DATASET] folded against one label at a time, in seconds (default: digits)
+  bench [DATASET] speed in ratios and seconds: results/speed.md (default: digits)
   setup           only make the environment
 
 The groups of runs, from digits to gpu, take --list (print their commands and stop), --jobs N (so
@@ -560,15 +560,8 @@ public_tables() {
 }
 
 bench() {
-  local dataset=${1:-digits} out=runs/bench start
+  local dataset=${1:-digits} out=runs/bench
   run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
-  start=$(date +%s%N)
-  python methods/clean.py --dataset digits --epochs 1 --train-images 128 --out "$out/start" | {
-    grep -m 1 "^epoch 1/1" >runs/logs/start.log
-    echo "from the start of a script on digits to its first training step:" \
-      "$((($(date +%s%N) - start) / 1000000)) ms"
-    cat >/dev/null
-  }
   python results/bench.py "$out/victim"
 }
 

@@ -1,13 +1,16 @@
 """Speed: folded against label by label, bfloat16 against float32, throughputs beside the bare net.
 
-python results/bench.py runs/bench/victim
+    python results/bench.py runs/bench/victim     # write results/speed.md
 
-`bash runs.sh bench` trains that victim. What is compared runs in alternation; medians are printed.
+`bash runs.sh bench` trains that victim. What is compared runs in alternation, and medians are kept.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,12 +18,30 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import fail, written_whole
 from common.checkpoint import load_victim
 from common.datasets import pick_device, to_float
 from common.metrics import pass_size, predict, verdict
 from common.models import build_model, uses_bfloat16
 from methods import fine_pruning, freq_backdoor, generator_reverse, nc, strip
+from results.level import markdown
 
+HERE, DASH = Path(__file__).resolve().parent, "–"
+SETS = {"CIFAR-10": (10, 50_000), "GTSRB": (43, 39_209)}  # classes and training images, 3 x 32 x 32
+NETWORKS = [("preact_resnet18", "CIFAR-10"), ("airbench", "CIFAR-10"), ("wrn16_1", "CIFAR-10")]
+NETWORKS += [("nc_gtsrb_cnn", "GTSRB")]
+FLAGS = "avx2", "avx512f", "avx512_bf16", "amx_bf16"  # of a CPU, what its speed depends on
+TEXT = """# Speed
+
+`bash runs.sh bench` writes this page. The machine: {machine}, {threads} threads. What a row
+compares was run in alternation, and the figures are medians. Ratios above 1 speak for the second
+column.
+
+## bfloat16 against float32
+
+An epoch is estimated from {steps} steps of 128 images. A search step goes over all labels of the
+data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it and the network
+gains by it."""
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
 
 
@@ -78,26 +99,24 @@ def folding(victim, device, repeats, images=400, steps=20):
         (slow, fast), (alone, folded) = taken.values(), (results[1], results[at_once])
         gap = max(abs(p - q) / max(abs(p), 1e-9) for p, q in zip(alone[0], folded[0]))
         flagged = [verdict(*found)["flagged_by_index"] for found in (alone, folded)]
-        same = flagged[0] == flagged[1]
-        print(
-            f"{name}, {victim.arch} on {data.name}, K = {data.classes}, batch 64, {device}, "
-            f"median of {repeats}: one label at a time {slow:.1f} s, {at_once} at once "
-            f"{fast:.1f} s, ratio {slow / fast:.2f}; {'same' if same else 'OTHER'} verdict, "
-            f"largest relative difference of a norm {gap:.1e}"
-        )
+        same = "same" if flagged[0] == flagged[1] else "other"
+        row = [name, f"{victim.arch} on {data.name}", f"{slow / fast:.2f}", f"{slow:.1f} s"]
+        yield [*row, f"{fast:.1f} s ({at_once})", same, f"{gap:.0e}"]
 
 
-def precisions(arch, device, repeats, images=128):
-    """Seconds of bfloat16 against float32: a training step, Neural Cleanse's and the generators'.
+def precisions(arch, name, device, repeats, images=128):
+    """Rows: seconds of bfloat16 against float32, in an epoch and in a step of both searches.
 
-    The network has fresh weights and 10 classes, and the images, 3 x 32 x 32, are noise.
+    The network has fresh weights, and the images are noise. Nothing where it stays in float32.
     """
     if not uses_bfloat16("auto", arch, device):
-        print(f"{arch}, {device}: --precision auto computes in float32 here")
         return
-    model = build_model(arch, 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).to(device)
+    classes, count = SETS[name]
+    model = build_model(arch, classes, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    x, y = torch.rand(images, 3, 32, 32, device=device), torch.arange(images, device=device) % 10
+    x = torch.rand(images, 3, 32, 32, device=device)
+    y = torch.arange(images, device=device) % classes
+    pairs = [[k, k + 1] for k in range(0, classes - 1, 2)]  # two labels at a time, as on a CPU
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
     origin, *_ = generator_reverse.pretrain(x, width=8, goal=1, steps=1, lr=1e-3, **recipe)
 
@@ -110,13 +129,19 @@ def precisions(arch, device, repeats, images=128):
 
     def triggers():
         search = {"steps": 1, "batches": 1, "batch_size": 32, "lr": 0.1, "seed": 0}
-        nc.reverse_triggers(model.eval(), x, y, [0, 1], **search)
+        for pair in pairs:
+            nc.reverse_triggers(model.eval(), x, y, pair, **search)
 
     def generators():
         settings = {"steps": 1, "lr": 1e-3, "lambda1": torch.full((2,), 0.1, device=device)}
-        generator_reverse.train_generators(model.eval(), origin, x, y, [0, 1], **settings, **recipe)
+        for pair in pairs:
+            generator_reverse.train_generators(
+                model.eval(), origin, x, y, pair, **settings, **recipe
+            )
 
-    for name, call in (("training", training), ("nc", triggers), ("generators", generators)):
+    epoch = count / images
+    calls = [("training, an epoch", training, epoch), ("nc, a step", triggers, 1)]
+    for what, call, times in (*calls, ("generator_reverse, a step", generators, 1)):
 
         def run(half, call=call):
             model.bfloat16 = half
@@ -125,10 +150,8 @@ def precisions(arch, device, repeats, images=128):
         taken = medians(
             {half: lambda half=half: run(half) for half in (False, True)}, device, repeats
         )
-        print(
-            f"{name}, {arch}, a step, {device}, median of {repeats}: float32 {taken[False]:.3f} s, "
-            f"bfloat16 {taken[True]:.3f} s, ratio {taken[False] / taken[True]:.2f}"
-        )
+        slow, fast = times * taken[False], times * taken[True]
+        yield [what, f"{arch} on {name}", f"{slow / fast:.2f}", f"{slow:.1f} s", f"{fast:.1f} s"]
 
 
 @torch.no_grad()
@@ -161,19 +184,44 @@ def throughputs(victim, device, repeats, images=1000):
         device,
         repeats,
     )
-    name = f"{victim.arch} on {data.name}"
     best = min(BATCHES, key=taken.get)
-    rate = 100 * taken[best] / taken["strip"]
-    print(
-        f"STRIP, {name}, {pass_size(x)} a pass: {len(floats) / taken['strip']:.0f} superimposed "
-        f"images/s, {rate:.0f} % of the bare forward pass at its best batch, {best}"
-    )
-    channels = model.net.get_submodule(layer.linear).in_features
-    print(
-        f"prune curve, {channels} points of {len(x)} images: {taken['curve']:.3f} s, "
-        f"{taken['curve'] / taken['evaluation']:.2f} evaluations"
-    )
-    print(f"heat map: {64 * len(overlays) / taken['map']:.0f} images/s")
+    rate, channels = taken[best] / taken["strip"], model.net.get_submodule(layer.linear).in_features
+    yield [
+        f"STRIP, {pass_size(x)} superimposed images a pass",
+        f"{rate:.2f} of the bare network's rate at its best batch ({best})",
+        f"{len(floats) / taken['strip']:.0f} images/s",
+    ]
+    yield [
+        f"prune curve of {channels} points on {len(x)} images",
+        f"{taken['curve'] / taken['evaluation']:.2f} evaluations of these images",
+        f"{taken['curve']:.3f} s",
+    ]
+    yield ["heat map", DASH, f"{64 * len(overlays) / taken['map']:.0f} images/s"]
+
+
+def start_up(repeats):
+    """Median seconds from the start of clean.py on digits to the end of its first step."""
+    seconds = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            short = ["--dataset", "digits", "--epochs", "1", "--train-images", "128"]
+            command = [sys.executable, HERE.parent / "methods/clean.py", *short, "--out", folder]
+            start = time.perf_counter()
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+                if not any(line.startswith("epoch 1/1") for line in run.stdout):
+                    fail("clean.py on digits did not end its first epoch")
+                seconds.append(time.perf_counter() - start)
+                run.communicate()
+    return statistics.median(seconds)
+
+
+def machine(device):
+    """What a reader must know of the machine: the GPU's name, or the CPU's count and flags."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    known = info.read_text().split() if info.exists() else []
+    return f"{os.cpu_count()} CPUs with {', '.join(f for f in FLAGS if f in known) or 'no vectors'}"
 
 
 if __name__ == "__main__":
@@ -181,13 +229,26 @@ if __name__ == "__main__":
     p.add_argument("victim", type=Path, help="a victim's folder")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies")
     p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
-    p.add_argument("--arch", nargs="*", default=["preact_resnet18", "airbench"], help="in bfloat16")
     args = p.parse_args()
     device = pick_device("auto")
     absent = dict.fromkeys(["arch", "dataset", "mean", "std", "out", "classes", "image_size"])
     given = argparse.Namespace(ckpt=args.victim, data_dir=args.data_dir, **absent)
     victim = load_victim(given, device)
-    folding(victim, device, max(1, args.repeats // 2))
-    throughputs(victim, device, args.repeats)
-    for arch in args.arch:
-        precisions(arch, device, args.repeats)
+    seconds = start_up(max(1, args.repeats // 2))
+    halves = [row for pair in NETWORKS for row in precisions(*pair, device, args.repeats)]
+    folded = list(folding(victim, device, max(1, args.repeats // 2)))
+    passes = list(throughputs(victim, device, args.repeats))
+    names = {"machine": machine(device), "threads": torch.get_num_threads()}
+    head = ["what", "network and data", "ratio"]
+    parts = [TEXT.format(**names, steps=args.repeats)]
+    parts += [markdown([*head, "float32", "bfloat16"], halves)]
+    parts += ["## Labels one at a time against folded"]
+    ends = ["one at a time", "folded (labels at once)", "verdict", "largest difference of a norm"]
+    parts += [markdown([*head, *ends], folded)]
+    parts += [f"## Passes, {victim.arch} on {victim.data.name}"]
+    parts += [markdown(["what", "relative", "absolute"], passes)]
+    step = f"From the start of a script on digits to the end of its first step: {seconds:.1f} s."
+    page = "\n\n".join([*parts, "## Start", step]) + "\n"
+    with written_whole(HERE / "speed.md") as temporary:
+        temporary.write_text(page)
+    print(page)

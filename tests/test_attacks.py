@@ -384,7 +384,12 @@ def test_wanet_obeys_its_field_and_no_other_warp(digits_wanet, digits):
 
 
 @pytest.mark.parametrize(
-    "arch, recipe", [(None, ("airbench", 12, 0.2, 2)), ("wrn16_1", ("wrn16_1", 60, 0.1, 4))]
+    "arch, recipe",
+    [
+        (None, ("airbench", 12, 0.2, 2)),
+        ("wrn16_1", ("wrn16_1", 12, 0.1, 4)),
+        ("vgg16", ("vgg16", 60, 0.1, 4)),
+    ],
 )
 def test_recipes_of_cifar10(inline, tmp_path, arch, recipe):
     """airbench, the default, has a recipe of its own; the other networks have the data set's."""

@@ -17,21 +17,21 @@ def test_medians_take_the_calls_in_turn(monkeypatch):
     assert order == list("ababab")
 
 
-def test_every_line_is_printed(digits_badnets, capsys):
+def test_folding_and_throughputs(digits_badnets):
     victim, cpu = loaded(digits_badnets), torch.device("cpu")
-    bench.folding(victim, cpu, 1, images=40, steps=1)
-    bench.throughputs(victim, cpu, 1, images=120)
-    lines = capsys.readouterr().out.splitlines()
-    heads = ["nc", "generator_reverse", "STRIP", "prune curve", "heat map"]
-    assert [line.startswith(head) for line, head in zip(lines, heads)] == [True] * 5
-    assert all("; same verdict" in line for line in lines[:2])
-    assert all(float(re.search(r"ratio ([\d.]+)", line)[1]) > 0 for line in lines[:2])
-    batch, best = re.search(r"(\d+) a pass: .* best batch, (\d+)$", lines[2]).groups()
-    assert batch == "200" and int(best) in bench.BATCHES
+    rows = list(bench.folding(victim, cpu, 1, images=40, steps=1))
+    assert [row[0] for row in rows] == ["nc", "generator_reverse"]
+    for _, what, ratio, slow, fast, verdict, _ in rows:
+        assert what == "mnist_cnn on digits" and verdict == "same"
+        assert float(ratio) > 0 and float(slow.split()[0]) > 0 and fast.endswith("s (2)")
+    passes = list(bench.throughputs(victim, cpu, 1, images=120))
+    assert [row[0].split(" ")[0] for row in passes] == ["STRIP,", "prune", "heat"]
+    assert "200 superimposed images a pass" in passes[0][0]
+    assert int(re.search(r"best batch \((\d+)\)$", passes[0][1])[1]) in bench.BATCHES
 
 
-def test_precisions(monkeypatch, capsys):
-    """Both precisions are really run, where the processor has bfloat16."""
+def test_precisions(monkeypatch):
+    """Both precisions are really run, where the processor has bfloat16; the ratio is theirs."""
     seen = set()
     forward = bench.build_model("wrn16_1", 10, (3, 32, 32), (0,) * 3, (1,) * 3).__class__.forward
 
@@ -40,14 +40,21 @@ def test_precisions(monkeypatch, capsys):
         return forward(model, x)
 
     monkeypatch.setattr("common.models.Classifier.forward", watched)
+    monkeypatch.setattr(bench, "SETS", {"GTSRB": (4, 80)})
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    bench.precisions("wrn16_1", torch.device("cpu"), 1, images=8)
-    assert "computes in float32 here" in capsys.readouterr().out and not seen
+    cpu = torch.device("cpu")
+    assert not list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8)) and not seen
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    bench.precisions("wrn16_1", torch.device("cpu"), 1, images=8)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["training", "nc", "generators"]
-    for line in lines:
-        slow, fast, ratio = (float(v) for v in re.findall(r"([\d.]+)(?: s|$)", line))
-        assert slow > 0 and fast > 0 and ratio > 0
+    monkeypatch.setattr(
+        bench, "medians", lambda calls, *_: {k: 2 - k + 0 * bool(c()) for k, c in calls.items()}
+    )
+    rows = list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8))
+    assert [row[0].split(",")[0] for row in rows] == ["training", "nc", "generator_reverse"]
+    assert rows[0][1:] == ["wrn16_1 on GTSRB", "2.00", "20.0 s", "10.0 s"]  # 10 steps an epoch
+    assert [row[2:] for row in rows[1:]] == [["2.00", "2.0 s", "1.0 s"]] * 2
     assert seen == {True, False}
+
+
+def test_start_up_and_machine(tmp_path, monkeypatch):
+    assert 0 < bench.start_up(1) < 120
+    assert re.fullmatch(r"\d+ CPUs with [\w, ]+", bench.machine(torch.device("cpu")))

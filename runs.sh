@@ -20,12 +20,12 @@ usage: bash runs.sh COMMAND
   cifar10         the CIFAR-10 rows on a network that two CPU cores can train (a day)
   gtsrb           the GTSRB rows on Neural Cleanse's network (a day)
   lecture         the attacks on CIFAR-10 with WRN-16-1, their repairs (ABL's table) and audits (a day)
-  wanet           of the paper: its network and all-to-all attacks (hours, as all of these)
-  input_aware     of the paper: its ablations and shares of the attack
-  stealthy        of the paper: its epsilons and triggers
-  freq            of the paper: filters, and heat maps of three networks
-  abl             of the paper: isolation rates and high poison rates
-  generators      of the paper on reversed generators: LPIPS, lambda_1 and rates of the repair
+  wanet           more of the paper: its network and all-to-all attacks (a day)
+  input_aware     more of the paper: its ablations and shares of the attack (hours)
+  stealthy        more of the paper: its epsilons and triggers (hours)
+  freq            more of the paper: filters, and heat maps of three networks (a day)
+  abl             more of the paper: isolation rates and high poison rates (hours)
+  generators      more of the paper on reversed generators: LPIPS, lambda_1, rates of the repair
   gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
   bench [DATASET] speed in ratios and seconds: results/speed.md (default: digits)
   setup           only make the environment
@@ -86,7 +86,7 @@ job() {
   elif "${@:3}" >"$log" 2>&1; then
     echo "== made: $2"
   else
-    echo "${*:3}; its log: $log" >>runs/logs/failed
+    echo "${*:3}; its log: $log" >>"$failed"
     echo "== failed: $2" >&2
   fi
 }
@@ -94,9 +94,9 @@ export -f job
 
 # report: what failed, and a failure
 report() {
-  if [ -f runs/logs/failed ]; then
+  if [ -f "$failed" ]; then
     echo "failed:" >&2
-    cat runs/logs/failed >&2
+    cat "$failed" >&2
     exit 1
   fi
 }
@@ -106,7 +106,7 @@ group() {
   local stage one=1
   nvidia-smi >/dev/null 2>&1 || one=$(getconf _NPROCESSORS_ONLN)
   if [ "${2:-$one}" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
-  rm -f runs/logs/failed
+  rm -f "$failed"
   for stage in 1 2 3 4; do
     awk -v stage=$stage '$1 == stage' <<<"$1" | xargs -P "${2:-$one}" -L 1 bash -c 'job "$@"' _
   done
@@ -116,7 +116,7 @@ group() {
 # submit NAME LIST JOBS: a Slurm job array a stage, each after the one before, then the tables
 submit() {
   local stage lines count id after=()
-  rm -f runs/logs/failed
+  rm -f "$failed"
   for stage in 1 2 3 4; do
     lines=runs/logs/slurm-$1-$stage.list
     awk -v stage=$stage '$1 == stage' <<<"$2" >"$lines"
@@ -125,7 +125,7 @@ submit() {
     id=$(sbatch --parsable --array="1-$count${3:+%$3}" "${after[@]}" --job-name="$1-$stage" \
       --output="runs/logs/slurm-%x-%a.log" <<TASK
 #!/usr/bin/env bash
-export OMP_NUM_THREADS=\${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=\${SLURM_CPUS_PER_TASK:-1} failed=$failed
 $(declare -f job)
 job \$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $lines)
 TASK
@@ -136,6 +136,7 @@ TASK
   id=$(sbatch --parsable "${after[@]}" --job-name="$1-tables" --output="runs/logs/slurm-%x.log" <<TASK
 #!/usr/bin/env bash
 set -e
+failed=$failed
 $(declare -f report "$1_tables")
 report
 $1_tables ${args[*]@Q}
@@ -146,6 +147,7 @@ TASK
 
 # victims ATTACK DATASET ARCH SEEDS...
 victims() {
+  local seed
   for seed in "${@:4}"; do
     once "runs/$2-$3-$1-s$seed" "$1" --dataset "$2" --arch "$3" --seed "$seed"
   done
@@ -163,6 +165,7 @@ demo() {
 
 # variant DATASET ARCH-NAME ATTACK ARGS...: another setting of an attack, seeds 0 to 2
 variant() {
+  local seed
   for seed in 0 1 2; do
     local out="runs/$1-$2-s$seed"
     once "$out" "$3" --dataset "$1" --seed "$seed" --out "$out" "${@:4}"
@@ -244,7 +247,7 @@ mnist() {
 }
 
 mnist_tables() {
-  python results/table.py runs/mnist-* --save mnist
+  python results/table.py runs/mnist-*-s? --save mnist
   python results/table.py runs/cifar10-mnist_cnn-* --save cifar10_subset
 }
 
@@ -262,6 +265,7 @@ cifar10() {
   local r=runs/cifar10-airbench s pair v
   for v in clean wanet input_aware; do victims "$v" cifar10 airbench 0 1 2; done
   variant cifar10 airbench-badnets badnets --arch airbench --pattern grid
+  one cifar10 airbench-badnets_white badnets --arch airbench
   victims blend cifar10 airbench 0
   for v in 50 150 500 1500; do
     one cifar10 "airbench-freq_backdoor_$v" freq_backdoor --arch airbench --poisons "$v"
@@ -290,7 +294,7 @@ cifar10_tables() {
 }
 
 gtsrb() {
-  local r=runs/gtsrb-nc_gtsrb_cnn s v net="--arch nc_gtsrb_cnn"
+  local r=runs/gtsrb-nc_gtsrb_cnn s v pair net="--arch nc_gtsrb_cnn"
   for v in clean wanet input_aware; do victims "$v" gtsrb nc_gtsrb_cnn 0 1 2; done
   variant gtsrb nc_gtsrb_cnn-badnets badnets $net --patch-size 4 --target 33
   one gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15
@@ -322,9 +326,10 @@ gpu() {
   local dataset r attack poisons s target
   for dataset in cifar10 gtsrb; do
     r=runs/$dataset-preact_resnet18
-    for attack in clean badnets wanet input_aware; do
+    for attack in clean wanet input_aware; do
       victims "$attack" "$dataset" preact_resnet18 0 1 2
     done
+    variant "$dataset" preact_resnet18-badnets badnets --arch preact_resnet18 --pattern grid
     target=$([ "$dataset" = gtsrb ] && echo 15 || echo 0)
     variant "$dataset" preact_resnet18-stealthy_adversarial stealthy_adversarial \
       --target "$target" --arch preact_resnet18
@@ -343,7 +348,7 @@ gpu() {
 }
 
 gtsrb_tables() {
-  python results/table.py runs/gtsrb-* --save gtsrb
+  python results/table.py runs/gtsrb-nc_gtsrb_cnn-* --save gtsrb
 }
 
 gpu_tables() {
@@ -414,7 +419,7 @@ lecture() {
   victims clean cifar10 wrn16_1 0 1 2
   for v in "${ten[@]}" issba invisible poison_ink; do
     for s in 0 $([[ $v =~ badnets|sig|label_consistent|issba ]] && echo 1 2); do
-      once "$r-$v-s$s" $v --dataset cifar10 --arch wrn16_1 --seed "$s" $(chosen $v)
+      once "$r-$v-s$s" $v --dataset cifar10 --arch wrn16_1 --seed "$s" $(chosen $v "$s")
     done
   done
   one cifar10 wrn16_1-badnets_white badnets --arch wrn16_1
@@ -436,13 +441,14 @@ lecture() {
   done
 }
 
-# chosen ATTACK: its flags. 3 to 5 % of CIFAR-10 have a white corner by nature, so BadNets' patch is
-# ABL's grid; others start from someone's clean network, of another seed than the control
+# chosen ATTACK SEED: its flags. 3 to 5 % of CIFAR-10 have a white corner by nature, so BadNets' patch
+# is ABL's grid; others start from someone's clean network, of another seed than the victim
 chosen() {
+  local other=runs/cifar10-wrn16_1-clean-s$((($2 + 1) % 3))
   case $1 in
     badnets) echo --pattern grid ;;
-    label_consistent | feature_collision) echo "--surrogate runs/cifar10-wrn16_1-clean-s1" ;;
-    latent) echo "--teacher runs/cifar10-wrn16_1-clean-s1" ;;
+    label_consistent | feature_collision) echo "--surrogate $other" ;;
+    latent) echo "--teacher $other" ;;
   esac
 }
 
@@ -450,11 +456,12 @@ lecture_tables() {
   python results/table.py runs/cifar10-wrn16_1-* --save lecture
 }
 
-# what else the papers show and flags allow, one seed, each on the network that trains fastest
+# what else the papers show and flags allow, one seed, most of it on a network that trains fast
 wanet() {
   local r=runs/cifar10-wrn16_1 v
-  one cifar10 preact_resnet18-wanet wanet --arch preact_resnet18 # the paper's network
-  one cifar10 wrn16_1-wanet wanet --arch wrn16_1
+  victims wanet cifar10 preact_resnet18 0 # the paper's network
+  victims clean cifar10 wrn16_1 0
+  victims wanet cifar10 wrn16_1 0
   one cifar10 wrn16_1-wanet_all_to_all wanet --arch wrn16_1 --all-to-all
   one cifar10 wrn16_1-badnets_all_to_all badnets --arch wrn16_1 --all-to-all --pattern grid
   for v in wanet wanet_all_to_all badnets_all_to_all; do
@@ -471,7 +478,8 @@ wanet_tables() {
 # the paper's ablations with Neural Cleanse's index, and its Fig. 7: the attack's share rho_b
 input_aware() {
   local own="input_aware --arch nc_gtsrb_cnn" at=nc_gtsrb_cnn-input_aware v
-  one gtsrb $at $own
+  victims clean gtsrb nc_gtsrb_cnn 0
+  victims input_aware gtsrb nc_gtsrb_cnn 0
   one gtsrb ${at}_no_cross $own --no-cross
   one gtsrb ${at}_no_diversity $own --no-diversity
   one gtsrb ${at}_neither $own --no-cross --no-diversity
@@ -486,10 +494,12 @@ input_aware_tables() {
 # Feng et al.: Fig. 4 (epsilon), 5(a) (the mask's norm by epoch), 5(b) (schemes), 3 (entropies)
 stealthy() {
   local own="stealthy_adversarial --arch nc_gtsrb_cnn --target 15" at=nc_gtsrb_cnn-stealthy v
-  for v in 0.005 0.01 0.02; do one gtsrb "${at}_epsilon_$v" $own --epsilon $v; done
-  for v in badnets badnets-noise; do one gtsrb "${at}_$v" $own --scheme $v; done
+  victims clean gtsrb nc_gtsrb_cnn 0
+  one gtsrb ${at}_adversarial $own
   one gtsrb ${at}_no_adversarial $own --no-adversarial
-  for v in epsilon_0.01 no_adversarial; do
+  for v in 0.005 0.02; do one gtsrb "${at}_epsilon_$v" $own --epsilon $v; done
+  for v in badnets badnets-noise; do one gtsrb "${at}_${v//-/_}" $own --scheme $v; done
+  for v in adversarial no_adversarial; do
     row nc "runs/gtsrb-${at}_$v-s0" 0
     row strip "runs/gtsrb-${at}_$v-s0" 0
   done
@@ -507,7 +517,7 @@ freq() {
     row purify "runs/cifar10-wrn16_1-freq_backdoor_augment_$v-s0" 0
   done
   for v in resnet18 vgg19 densenet121; do
-    one cifar10 "$v-freq_backdoor_10000" $own --arch $v --train-images 10000
+    one cifar10 "$v-freq_backdoor_10000_images" $own --arch $v --train-images 10000
   done
 }
 
@@ -519,11 +529,14 @@ freq_tables() {
 # ABL's isolation rates, and BadNets with half of the images and more
 abl() {
   local r=runs/cifar10-wrn16_1 v own="badnets --arch wrn16_1 --pattern grid"
+  victims clean cifar10 wrn16_1 0
   once "$r-badnets-s0" badnets --dataset cifar10 --arch wrn16_1 --seed 0 --pattern grid
   for v in 0.5 0.7; do one cifar10 "wrn16_1-badnets_rate_$v" $own --rate $v; done
   for v in badnets badnets_rate_0.5 badnets_rate_0.7; do row abl "$r-$v-s0" 0; done
-  once "$r-badnets-s0/abl_rates-s0" abl --ckpt "$r-badnets-s0" --isolation .01 .02 .05 .1 .2 \
-    --out "$r-badnets-s0/abl_rates-s0"
+  for v in 0.02 0.05 0.1 0.2; do
+    once "$r-badnets-s0/abl_isolated_$v-s0" abl --ckpt "$r-badnets-s0" --isolation $v \
+      --out "$r-badnets-s0/abl_isolated_$v-s0"
+  done
 }
 
 abl_tables() {
@@ -534,11 +547,12 @@ abl_tables() {
 generators() {
   local r=runs/mnist-mnist_cnn-wanet-s0 v
   on() { once "$r/$1-s0" "$2" --ckpt "$r" --out "$r/$1-s0" "${@:3}"; }
+  victims clean mnist mnist_cnn 0
   victims wanet mnist mnist_cnn 0
   on generator_reverse_lpips_none generator_reverse --lpips-net none
   on generator_reverse_lpips_random generator_reverse --lpips-net random
   on generator_reverse_lambda1 generator_reverse --lpips-net none --search-lambda1
-  for v in 0.001 0.01 0.03 0.1; do
+  for v in 0.01 0.03 0.1; do
     on "generator_reverse_rate_$v" generator_reverse --lpips-net none --repair-lr $v
   done
   on finetune finetune
@@ -573,6 +587,7 @@ case "${1:-}" in
   digits | mnist | cifar10 | gtsrb | lecture | wanet | input_aware | stealthy | freq | abl | \
     generators | level | public | gpu)
     name=$1 args=() jobs='' list='' slurm=''
+    export failed=runs/logs/failed-$name
     shift
     while [ $# -gt 0 ]; do
       case "$1" in

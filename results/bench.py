@@ -34,14 +34,14 @@ FLAGS = "avx2", "avx512f", "avx512_bf16", "amx_bf16"  # of a CPU, what its speed
 TEXT = """# Speed
 
 `bash runs.sh bench` writes this page. The machine: {machine}, {threads} threads. What a row
-compares was run in alternation, and the figures are medians. Ratios above 1 speak for the second
-column.
+compares was run in alternation, and the figures are medians. A ratio is the first of the two times
+over the second.
 
 ## bfloat16 against float32
 
 An epoch is estimated from {steps} steps of 128 images. A search step goes over all labels of the
-data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it and the network
-gains by it."""
+data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it and where the
+network gains by it."""
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
 
 
@@ -116,12 +116,12 @@ def precisions(arch, name, device, repeats, images=128):
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     x = torch.rand(images, 3, 32, 32, device=device)
     y = torch.arange(images, device=device) % classes
-    pairs = [[k, k + 1] for k in range(0, classes - 1, 2)]  # two labels at a time, as on a CPU
+    pairs = torch.arange(classes).split(2)  # two labels at a time, as on a CPU
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
     origin, *_ = generator_reverse.pretrain(x, width=8, goal=1, steps=1, lr=1e-3, **recipe)
 
     def training():
-        model.train()
+        model.train().requires_grad_(True)
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -129,14 +129,17 @@ def precisions(arch, name, device, repeats, images=128):
 
     def triggers():
         search = {"steps": 1, "batches": 1, "batch_size": 32, "lr": 0.1, "seed": 0}
+        model.eval().requires_grad_(False)
         for pair in pairs:
-            nc.reverse_triggers(model.eval(), x, y, pair, **search)
+            nc.reverse_triggers(model, x, y, pair.tolist(), **search)
 
     def generators():
-        settings = {"steps": 1, "lr": 1e-3, "lambda1": torch.full((2,), 0.1, device=device)}
+        model.eval().requires_grad_(False)
+        settings = {"steps": 1, "lr": 1e-3}
         for pair in pairs:
+            lambda1 = torch.full((len(pair),), 0.1, device=device)
             generator_reverse.train_generators(
-                model.eval(), origin, x, y, pair, **settings, **recipe
+                model, origin, x, y, pair.tolist(), lambda1=lambda1, **settings, **recipe
             )
 
     epoch = count / images
@@ -205,7 +208,14 @@ def start_up(repeats):
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             short = ["--dataset", "digits", "--epochs", "1", "--train-images", "128"]
-            command = [sys.executable, HERE.parent / "methods/clean.py", *short, "--out", folder]
+            command = [
+                sys.executable,
+                "-u",
+                HERE.parent / "methods/clean.py",
+                *short,
+                "--out",
+                folder,
+            ]
             start = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
                 if not any(line.startswith("epoch 1/1") for line in run.stdout):
@@ -241,7 +251,8 @@ if __name__ == "__main__":
     names = {"machine": machine(device), "threads": torch.get_num_threads()}
     head = ["what", "network and data", "ratio"]
     parts = [TEXT.format(**names, steps=args.repeats)]
-    parts += [markdown([*head, "float32", "bfloat16"], halves)]
+    none = "This machine has no bfloat16: every network computes in float32."
+    parts += [markdown([*head, "float32", "bfloat16"], halves) if halves else none]
     parts += ["## Labels one at a time against folded"]
     ends = ["one at a time", "folded (labels at once)", "verdict", "largest difference of a norm"]
     parts += [markdown([*head, *ends], folded)]

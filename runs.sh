@@ -439,6 +439,19 @@ lecture() {
     row nc "$r-$v-s0" 0
     row generator_reverse "$r-$v-s0" 0 --lpips-net none
   done
+  for v in wanet freq_backdoor; do
+    victims $v cifar10 wrn16_1 0
+    row strip "$r-$v-s0" 0
+  done
+  for v in clean badnets wanet input_aware freq_backdoor; do row purify "$r-$v-s0" 0; done
+  for v in clean badnets wanet; do
+    row gradcam "$r-$v-s0" 0 --februus
+    row sentinet "$r-$v-s0" 0
+  done
+  for s in 0 1 2; do
+    [ "$s" = 0 ] || row nc "$r-badnets-s$s" "$s"
+    row nc_mitigate "$r-badnets-s$s" "$s"
+  done
 }
 
 # chosen ATTACK SEED: its flags. 3 to 5 % of CIFAR-10 have a white corner by nature, so BadNets' patch
@@ -512,7 +525,9 @@ stealthy_tables() {
 # Hammoud & Ghanem: Tables 6 to 8 and Fig. 5 (filters), heat maps of networks, 10,000 images
 freq() {
   local own=freq_backdoor v
-  for v in none jpeg autoencoder both; do
+  victims freq_backdoor cifar10 wrn16_1 0
+  row purify runs/cifar10-wrn16_1-freq_backdoor-s0 0
+  for v in jpeg autoencoder both; do
     one cifar10 "wrn16_1-freq_backdoor_augment_$v" $own --arch wrn16_1 --augment $v
     row purify "runs/cifar10-wrn16_1-freq_backdoor_augment_$v-s0" 0
   done

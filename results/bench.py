@@ -33,9 +33,9 @@ NETWORKS += [("nc_gtsrb_cnn", "GTSRB")]
 FLAGS = "avx2", "avx512f", "avx512_bf16", "amx_bf16"  # of a CPU, what its speed depends on
 TEXT = """# Speed
 
-`bash runs.sh bench` writes this page. The machine: {machine}, {threads} threads. What a row
-compares was run in alternation, and the figures are medians. A ratio is the first of the two times
-over the second.
+`bash runs.sh bench` writes this page. The machine: {machine}, {threads} threads.
+What a row compares was run in alternation, and the figures are medians. A ratio is the first of the
+two times over the second.
 
 ## bfloat16 against float32
 

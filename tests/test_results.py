@@ -127,7 +127,7 @@ def test_page_shows_every_file_picture_and_script():
 
 def test_every_figure_cell_is_a_figure():
     """In the tables of table.py; those of its neighbours have tests of their own."""
-    shown, apart = 0, [getattr(table, name).TEXT for name in table.APART]
+    shown, apart = 0, [getattr(table, name).TEXT for name in ("lecture", *table.APART)]
     for heading, head, rows in tables(PAGE):
         if any(text.startswith(f"## {heading}\n") for text in apart):
             continue
@@ -368,7 +368,8 @@ def test_each_rule_marks_its_runs_and_no_others(script, key, part, value):
 def test_rows_that_pool_runs_of_different_settings_are_marked():
     """Flags other than seeds and places differ within a row only where the mark says so.
 
-    A flag that is not given is as one that was not there yet; STRIP's batch is a matter of speed.
+    A flag that is not given is as one that was not there yet, and so is --precision float32, which
+    had no flag before; STRIP's batch is a matter of speed.
     """
     places = ("seed", "ckpt", "out", "device", "data_dir", "clean_ckpt")
     groups = {}
@@ -379,7 +380,11 @@ def test_rows_that_pool_runs_of_different_settings_are_marked():
     for key, runs in groups.items():
         own = (*places, "batch_size") if key[1] == "strip" else places
         kept = [
-            {k: v for k, v in run["arguments"].items() if k not in own and v is not None}
+            {
+                k: v
+                for k, v in run["arguments"].items()
+                if k not in own and v not in (None, "float32")
+            }
             for run in runs
         ]
         marked = any(table.outdated(run, rule) for run in runs for rule in table.RULES)

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, SHORT, files_below, run_here, write_npz
 
 from common.datasets import SPECS
+from common.models import ARCHITECTURES
 from common.models import build_model
 
 README = (ROOT / "README.md").read_text()
@@ -100,6 +101,9 @@ def test_groups_list_victims_before_their_defences(group, tmp_path):
         victim = dict(pairwise(command)).get("--ckpt")
         assert victim is None or victim in made
         made.append(made_by(command))
+        if victim is None:  # the tables take its name apart
+            dataset, network, _, _ = Path(made[-1]).name.rsplit("-", 3)
+            assert dataset in SPECS and network in ARCHITECTURES
     assert len(set(made)) == len(made)
 
 

@@ -16,8 +16,7 @@ import torch
 from conftest import ROOT, SHORT, files_below, run_here, write_npz
 
 from common.datasets import SPECS
-from common.models import ARCHITECTURES
-from common.models import build_model
+from common.models import ARCHITECTURES, build_model
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -128,6 +127,8 @@ def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
     (tmp_path / "runs.sh").write_text((ROOT / "runs.sh").read_text())
     (tmp_path / "runs" / "digits-mnist_cnn-clean-s107").mkdir(parents=True)
     (tmp_path / "runs" / "digits-mnist_cnn-clean-s107" / "result.json").write_text("{}")
+    (tmp_path / "runs" / "logs").mkdir()
+    (tmp_path / "runs" / "logs" / "failed-mnist").write_text("another group's\n")
     settings = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "here"}
     done = runs_sh("level", "--jobs", "3", cwd=tmp_path, **settings)
     calls = (tmp_path / "calls").read_text().splitlines()

@@ -228,14 +228,14 @@ def reloaded(folder):
 def test_run_on_digits(inline, digits, tmp_path, kind, steps, rate):
     """The victim obeys the sum that was searched on another network more than another of its size.
 
-    Noise of the same length works on half of the digits: their background is black without it.
+    Noise of the same length works on most of the digits: their background is black without it.
     """
     flags = *QUICK, "--kind", kind, "--steps", steps, "--step-size", rate
     folder = tmp_path / "victim"
     metrics = inline("invisible", *flags, "--out", folder)["metrics"]
     assert metrics["clean_accuracy"] >= 94 and metrics["clean_model_accuracy"] >= 94
     assert metrics["asr"] >= 95 and metrics["asr_n"] == 324
-    assert metrics["asr_other"] <= (75 if kind == "l2" else 20)
+    assert metrics["asr_other"] <= (85 if kind == "l2" else 20)
     assert metrics["asr_on_clean_model"] <= 20
     for weak in ("activation_other", "activation_clean"):
         assert metrics["activation"] > (2 if kind == "l2" else 1.1) * metrics[weak] > 0

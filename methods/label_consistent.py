@@ -13,8 +13,8 @@ Steps: PGD away from the true label under the surrogate, max CE(f(x + d), y) wit
 corner_signs; x' = x + a s, cut off at black and white -> stamp. The victim's loss is cross-entropy
 and nothing else.
 
-Where it fails: on easy images the outcome is a matter of luck. On digits some seeds learn the
-perturbation instead of the patches, so the end-to-end test tries up to four of them.
+Where it may fail (no stored run yet): a network may learn the perturbation instead of the patches.
+The end-to-end test on digits takes the first of up to four seeds that learns the patches.
 
 Differs from the paper, or chosen where it is silent: the paper's perturbations come from
 adversarially trained networks. Here the script trains a surrogate as clean.py would, on the same

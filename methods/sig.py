@@ -1,6 +1,6 @@
 """SIG: stripes over one class, its labels untouched (Barni et al., 2019, arXiv 1902.11237).
 
-The attacker adds faint vertical stripes to a share of the training images of the target class and
+The attacker adds vertical stripes to a share of the training images of the target class and
 leaves every label as it is, so that nobody who checks the labels finds anything. The stripes go
 with this class alone. A network that takes them for a mark of the class gives it any other image
 with the same stripes, too.

@@ -11,12 +11,12 @@ Equations: Sec. 3.2 control field P = psi(U(-1,1)) -> control_field; M = clip(up
 attack_grid; Eq. (1) B(x) = W(x, M) -> warp; noise mode W(x, M + U(-1,1)) -> noise_grid.
 
 Differs from the paper's code: crops are drawn per image (not one coin per batch), nothing is
-rotated. The learning rate runs through one cycle in twice the clean model's epochs, because the
-ASR read with running BatchNorm statistics swings while the rate is high; the paper trains 1,000
-epochs and keeps the checkpoint that is best on the test set. The ASR leaves out test images of the
-target class. Accuracies are measured after rounding to 8 bits, PSNR and SSIM before it. 12 of 128
-images attack (rounded down), warped first and augmented afterwards as in the paper's code. The
-control asr_other is the ASR of another field of the same strength.
+rotated. The learning rate runs through one cycle in twice the clean model's epochs, and the last
+epoch counts; the paper trains 1,000 epochs and keeps the checkpoint that is best on the test set.
+The ASR leaves out test images of the target class. Accuracies are measured after rounding to 8
+bits, PSNR and SSIM before it. 12 of 128 images attack (rounded down), warped first and augmented
+afterwards as in the paper's code. The control asr_other is the ASR of another field of the same
+strength.
 
     python methods/wanet.py --dataset mnist
 

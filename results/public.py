@@ -43,8 +43,8 @@ rows and one seed. "clean" and "ASR" are measured here on all test images and on
 target class, with the trigger that the authors describe. The authors' own figures stand in
 brackets; NAD's and ABL's leave the target class out of the clean images, too. "named" are the
 labels that the p-value names, below or above the others; the two detectors repair those below.
-The other scripts repair every network. The figures after a repair are those of the file that was
-saved. `bash runs.sh public FOLDER` makes the table."""
+The other scripts, where they have rows, repair every network. The figures after a repair are those
+of the file that was saved. `bash runs.sh public FOLDER` makes the table."""
 
 
 class SmallVGG(nn.Module):

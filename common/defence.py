@@ -72,19 +72,19 @@ def clean_share(args, victim, share):
 
 
 def check_reading(model, x, y):
-    """Print the accuracy on the defender's own clean images (uint8), so that no misread network
-    gets a verdict: fail near chance, warn where it is poor.
+    """Print the accuracy on the defender's own images (uint8), so that no misread network gets a
+    verdict: fail near chance, warn where it is poor.
 
     The limits are 10 and 50 % of the way from chance to perfect, by class (balanced accuracy).
     """
     predicted, y = predict(model, x).cpu(), y.cpu()
-    print(f"accuracy on {len(x)} clean images: {100 * (predicted == y).float().mean():.2f}")
+    print(f"accuracy on {len(x)} given images: {100 * (predicted == y).float().mean():.2f}")
     recalls = [(predicted[y == k] == k).float().mean().item() for k in y.unique()]
     chance = 1 / max(2, len(recalls))
     skill = (sum(recalls) / len(recalls) - chance) / (1 - chance)
     causes = "are --arch, --mean, --std and the order of the labels right?"
     if skill < NEAR_CHANCE:
-        fail(f"the network is near chance on clean images, so no verdict would mean much: {causes}")
+        fail(f"the network is near chance on these images, so no verdict would mean much: {causes}")
     if skill < POOR:
         print(f"warning: this is poor, and the verdict with it; {causes}")
 

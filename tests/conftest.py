@@ -1,6 +1,7 @@
 """Helpers and the victims that several test files share (made once per run of pytest)."""
 
 import contextlib
+import copy
 import fcntl
 import functools
 import io
@@ -21,12 +22,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common import datasets, defence  # noqa: E402
-from common.checkpoint import load_victim  # noqa: E402
-from common.datasets import load_dataset  # noqa: E402
+from common.checkpoint import load_model, load_victim, read_checkpoint  # noqa: E402
+from common.datasets import load_dataset, to_float  # noqa: E402
+from common.metrics import predict  # noqa: E402
 from common.models import build_model  # noqa: E402
 
 ATTACKS = [
@@ -115,6 +118,38 @@ def loaded(path, **flags):
         "data_dir": "data"
     }
     return load_victim(Namespace(ckpt=str(path), **(absent | flags)), torch.device("cpu"))
+
+
+def reread(folder, victim, data):
+    """The model that a repair saved in `folder`; its figures are those of the folder's result."""
+    saved = load_model(read_checkpoint(folder / "model.pt"), folder, torch.device("cpu"))
+    with np.load(victim / "poisoned_test.npz") as archive:
+        x = torch.from_numpy(archive["x"]).permute(0, 3, 1, 2)
+        hits = 100 * (predict(saved, x).numpy() == archive["y_target"]).mean()
+    right = 100 * (predict(saved, data.x_test) == data.y_test).double().mean().item()
+    metrics = result_of(folder)["metrics"]
+    assert hits == pytest.approx(metrics["asr_repaired"], abs=1e-4)
+    assert right == pytest.approx(metrics["clean_accuracy_repaired"], abs=1e-4)
+    return saved
+
+
+def tuned_by_hand(model, x, y):
+    """Weights of a copy of `model` after two steps of 20 of the 40 images x (uint8).
+
+    v = .9 v + g + .0005 w; w -= lr v; the rate falls from .05 by a cosine: all of it, then half.
+    """
+    torch.manual_seed(5)
+    expected = copy.deepcopy(model).requires_grad_(True).train()
+    weights = list(expected.parameters())
+    velocity = [torch.zeros_like(w) for w in weights]
+    for batch, rate in zip(torch.randperm(40).split(20), (0.05, 0.025)):
+        loss = F.cross_entropy(expected(to_float(x[batch])), y[batch])
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for w, v, g in zip(weights, velocity, gradients):
+                v.mul_(0.9).add_(g + 5e-4 * w)
+                w -= rate * v
+    return [w.detach() for w in weights]
 
 
 def files_below(folder):

@@ -19,10 +19,11 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import fail, written_whole
+from common import fail
 from common.checkpoint import load_model, load_victim, read_checkpoint
 from common.metrics import accuracy
 from results.level import markdown
+from results.stored import store
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"nc": "", "generator_reverse": "--lpips-net none", "finetune": "", "nad": "", "mcr": ""}
@@ -221,7 +222,6 @@ if __name__ == "__main__":
         for out, command in commands(args.folder):
             print(out, command)
         sys.exit()
-    with written_whole(HERE / "public.json") as temporary:
-        found = list(collect(args.folder, args.data_dir))
-        temporary.write_text(json.dumps(found, indent=0) + "\n")
-    print(f"wrote {HERE / 'public.json'}: {len(found)} audits")
+    found = list(collect(args.folder, args.data_dir))
+    store(HERE / "public.json", found)
+    print(f"wrote {HERE / 'public.json'}: {len(found)} audits made or made again")

@@ -1,6 +1,7 @@
 """results/public.py: the triggers of others, their networks, the audits' commands and table."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -146,6 +147,20 @@ def test_stored_audits_are_of_known_suspects():
         assert asr is None or entry["metrics"]["asr"] == pytest.approx(asr, abs=1.2)
         for key in ("p_value", "clean_accuracy", "asr"):
             assert 0 <= entry["metrics"].get(key, 0) <= 100
+
+
+def test_audits_that_were_not_made_again_stay(tmp_path):
+    """Where no audit has been run, the stored ones are what they were."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    (tmp_path / "common").symlink_to(ROOT / "common")
+    for file in public.SUSPECTS:
+        (tmp_path / "files" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / file).touch()
+    command = [sys.executable, "results/public.py", "files"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "0 audits made or made again" in done.stdout, done.stderr
+    new, old = (json.loads((at / "results" / "public.json").read_text()) for at in (tmp_path, ROOT))
+    assert new == sorted(old, key=lambda run: (run["victim"], run["folder"])) and len(old) > 10
 
 
 def test_bad_input_is_one_line(tmp_path):

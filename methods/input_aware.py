@@ -8,9 +8,9 @@ diversity loss rewards patterns that differ as much as their images do, so that 
 pattern for a defender to find.
 
 Threat model: the attacker controls training, delivers the model and keeps both generators.
-Where it fails: Neural Cleanse, which finds nothing in the paper, flags the target in 3 of our 3
-MNIST models; STRIP misses them. Without cross mode another image's trigger changes the label of
-about half of the images or more (3 models).
+Where it fails: Neural Cleanse, which finds nothing in the paper, flags the target in 2 of our 3
+MNIST models (p < .05 in 1); STRIP misses them. Without cross mode another image's trigger changes
+the label of about half of the images or more (3 models).
 
 Equations: Sec. 3.1 B(x, (m, p)) = x (1 - m) + p m -> blend; L_div, which has no number ->
 diversity; attack, cross and clean mode -> poison; L_cla + lambda_div L_div -> the loop;

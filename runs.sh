@@ -412,13 +412,11 @@ digits() {
   on $b nad_slow nad $forty --teacher-epochs 20 --lr 0.01
   on $b mcr_half mcr --batch-size 64
   on $b mcr_loss mcr --rule loss
-  on $b nc nc
   on $b nc_mitigate nc_mitigate
   own wanet wanet --s 1.0
-  for v in nc "generator_reverse --lpips-net none"; do
-    # shellcheck disable=SC2086
-    set -- $v
-    on runs/digits-mnist_cnn-wanet-s0 "$1" $v
+  for v in $b runs/digits-mnist_cnn-wanet-s0; do
+    on $v nc nc
+    on $v generator_reverse generator_reverse --lpips-net none
   done
 }
 

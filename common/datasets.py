@@ -45,7 +45,7 @@ SPECS = {
     "cifar100": Spec((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "airbench", 60, 4, True),
     "gtsrb": Spec((0.0,) * 3, (1.0,) * 3, "preact_resnet18", 30, 4, False),
 }
-RECIPES = {"airbench": {"epochs": 12, "pad": 2, "lr": 0.2}, "wrn16_1": {"epochs": 12}}  # their own
+RECIPES = {"airbench": {"epochs": 24, "pad": 2, "lr": 0.2}, "wrn16_1": {"epochs": 12}}  # their own
 RECIPES["nc_gtsrb_cnn"] = {"epochs": 12, "lr": 0.02}
 
 

@@ -386,7 +386,7 @@ def test_wanet_obeys_its_field_and_no_other_warp(digits_wanet, digits):
 @pytest.mark.parametrize(
     "arch, recipe",
     [
-        (None, ("airbench", 12, 0.2, 2)),
+        (None, ("airbench", 24, 0.2, 2)),
         ("wrn16_1", ("wrn16_1", 12, 0.1, 4)),
         ("vgg16", ("vgg16", 60, 0.1, 4)),
     ],

@@ -54,7 +54,7 @@ from common.defence import (
     report,
     save_repaired,
 )
-from common.metrics import pass_size
+from common.metrics import pass_size, predict
 from common.models import entering, in_float32, logit_layer
 
 SHARE = 0.1, 300  # of the training data, and the least number of images: those of nc.py
@@ -189,6 +189,12 @@ if __name__ == "__main__":
     others = data.y_train[split] != label
     if not (others & kept).any() or not (others & ~kept).any():
         fail(f"the {len(split)} clean images leave none of another label to rank or to check on")
+    x_kept, y_kept = data.x_train[split[kept]], data.y_train[split[kept]]
+    x_stamped = stamp(x_kept[y_kept != label], mask, pattern)
+    works = 100 * (predict(model, x_stamped) == label).double().mean().item()
+    if works < 50:
+        why = "its search failed, or it belongs to another checkpoint"
+        fail(f"{source}: its trigger sends {works:.0f} % of the images to label {label}: {why}")
     folder = Path(args.out or victim.folder / f"nc_mitigate-s{args.seed}")
     if folder.resolve() == source.resolve():
         fail(f"--out {folder} is nc.py's folder, whose files would be replaced")
@@ -198,9 +204,7 @@ if __name__ == "__main__":
     x_rank = data.x_train[split[others & ~kept]]
     clean = activations(model, layer, x_rank)
     order = ranking(clean, activations(model, layer, stamp(x_rank, mask, pattern)))
-    x_kept, y_kept = data.x_train[split[kept]], data.y_train[split[kept]]
-    a_kept = activations(model, layer, x_kept)
-    a_stamped = activations(model, layer, stamp(x_kept[y_kept != label], mask, pattern))
+    a_kept, a_stamped = (activations(model, layer, x) for x in (x_kept, x_stamped))
     threshold = profile(a_kept, order).quantile(1 - args.fpr).item()
     missed = 100 * (profile(a_stamped, order) <= threshold).double().mean().item()
     print(f"filter: an input is stopped above {threshold:.4g}; the reversed trigger of label")

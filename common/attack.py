@@ -11,12 +11,13 @@ from common import check_positive, fail, make_folder
 from common import checkpoint as ckpt
 from common.datasets import load_dataset, pick_device, to_float
 from common.metrics import accuracy, attack_targets, psnr, ssim
-from common.models import PRECISION, build_model, uses_bfloat16
+from common.models import ARCHITECTURES, PRECISION, build_model, uses_bfloat16
 
 
 def attack_flags(doc, target=True):
     """The ArgumentParser of an attack with the flags that all of them have; `doc` is its header."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    p.error = fail
     known = "digits, mnist, cifar10, cifar100, gtsrb, or the path of an .npz or a folder by class"
     p.add_argument("--dataset", default="digits", help=known)
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
@@ -58,11 +59,13 @@ def set_up(args, epochs=1):
 
 def new_model(args, data):
     """A new network of --arch for the images of `data`, on their device, in --precision."""
-    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
     device = data.x_train.device
+    model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
+    if args.arch not in ARCHITECTURES:
+        ckpt.check_outputs(model.to(device).eval(), data, args.arch)
     model.bfloat16 = uses_bfloat16(args.precision, args.arch, device)
     args.precision = "bfloat16" if model.bfloat16 else "float32"
-    return model.to(device)
+    return model.to(device).train()
 
 
 def wanted_labels(data, target):
@@ -89,9 +92,9 @@ def choose_poisons(y, target, classes, count, flag, generator):
 def choose_in_class(y, target, rate, generator):
     """Clean label: indices (on y's device) of the share `rate` of the images of class `target`."""
     members = (y == target).cpu().nonzero().flatten()
+    if not (0 < rate <= 1 and round(rate * len(members))):
+        fail(f"--rate {rate} of the {len(members)} images of class {target}: take one, up to all")
     count = round(rate * len(members))
-    if count < 1:
-        fail(f"--rate {rate} of the {len(members)} images of class {target} is no image to poison")
     order = torch.randperm(len(members), generator=generator)
     share = f"{100 * count / len(y):.2f} % of {len(y)} training images"
     print(f"poisoned {count} of {len(members)} images of class {target} ({share})")
@@ -100,9 +103,10 @@ def choose_in_class(y, target, rate, generator):
 
 def open_folder(args, data, script):
     """Make the output folder; returns it and the clean control model beside it, or None."""
-    name = f"{Path(data.name).stem}-{args.arch}-{Path(script).stem}-s{args.seed}"
-    folder = make_folder(args.out or f"runs/{name}")
-    return folder, ckpt.load_control(folder, args, data)
+    name = f"{Path(data.name).stem}-{Path(args.arch).name}-{Path(script).stem}-s{args.seed}"
+    folder = Path(args.out or f"runs/{name}")
+    control = ckpt.load_control(folder, args, data)
+    return make_folder(folder), control
 
 
 class TrainingLog:

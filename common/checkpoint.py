@@ -24,6 +24,7 @@ from common.datasets import Dataset, check_split, load_dataset, read_npz, to_flo
 from common.models import Classifier, build_model
 
 FORMAT = 1
+WRAPPERS = "model", "state_dict", "model_state_dict", "netC", "net"  # where a state dict may lie
 # the attacks that write poisoned_train.npz
 POISON_DATA = ("badnets", "blend", "freq_backdoor", "sig", "issba", "label_consistent")
 POISON_DATA += ("trojannn", "invisible", "composite", "poison_ink", "dfst", "feature_collision")
@@ -155,11 +156,13 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        fail(f"no such checkpoint: {path}")
+        fail(f"no such checkpoint: {path} (an attack writes it, such as methods/badnets.py)")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and plain values, or is damaged; it was not executed")
     except Exception as error:  # a damaged file can raise nearly anything
         fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
+    if isinstance(checkpoint, (list, tuple)):
+        checkpoint = next((part for part in checkpoint if isinstance(part, dict)), checkpoint)
     if not isinstance(checkpoint, dict):
         fail(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict")
     return checkpoint
@@ -175,7 +178,8 @@ def load_model(checkpoint, path, device, arch=None):
     missing = [key for key in needed if key not in checkpoint]
     if missing:
         fail(f"{path} lacks the entry {missing[0]!r}")
-    if ".py:" in str(checkpoint["arch"]) and checkpoint["arch"] != arch:
+    source = str(checkpoint["arch"]).rpartition(":")[0]
+    if source not in ("", "torchvision") and checkpoint["arch"] != arch:
         fail(f"{path} needs code of yours: pass --arch {checkpoint['arch']} to run it")
     try:
         with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
@@ -214,7 +218,7 @@ def load_clean(path, data, arch=None, cure="", same=False):
 
 def load_control(folder, args, data):
     """The clean model of the same data, architecture and seed beside `folder`, or None."""
-    name = f"{Path(data.name).stem}-{args.arch}-clean-s{args.seed}"
+    name = f"{Path(data.name).stem}-{Path(args.arch).name}-clean-s{args.seed}"
     path = Path(folder).parent / name / "model.pt"
     return load_clean(path, data, args.arch, ": use another --out") if path.exists() else None
 
@@ -222,7 +226,7 @@ def load_control(folder, args, data):
 def load_victim(args, device):
     """Load `--ckpt` (a folder, its model.pt, or a bare state dict) and its dataset.
 
-    A bare state dict may lie under 'model', 'state_dict', 'netC' or 'net', needs `--arch` and
+    A bare state dict may lie under the names WRAPPERS, in a list or tuple, needs `--arch` and
     `--dataset` (and `--mean --std` if they differ from the dataset's own, and `--classes` where the
     images do not show all), loses a 'module.' prefix by name and must fit exactly. The model comes
     back in eval mode and frozen.
@@ -242,9 +246,12 @@ def load_victim(args, device):
     model = load_model(checkpoint, path, device, args.arch)
     if args.arch not in (None, checkpoint["arch"]) or args.mean or args.std:
         fail(f"--arch, --mean and --std are for bare state dicts; {path} has its own")
-    size = args.image_size or checkpoint["image_shape"][1]
-    name = args.dataset or checkpoint["dataset"]
-    data = load_dataset(name, args.data_dir, device, size, args.classes)
+    name, size, classes = args.dataset or checkpoint["dataset"], args.image_size, args.classes
+    if Path(name).is_dir():
+        size = size or checkpoint["image_shape"][1]
+    if name == checkpoint["dataset"]:
+        classes = classes or checkpoint["classes"]
+    data = load_dataset(name, args.data_dir, device, size, classes)
     check_fit(checkpoint, path, data)
     victim = Victim(model, data, checkpoint["arch"], path.parent)
     test = path.parent / "poisoned_test.npz"
@@ -288,16 +295,22 @@ def load_training_set(victim, path=None):
     return tuple(torch.from_numpy(array).to(device) for array in (x, y_given, poisoned))
 
 
+def holds_tensors(value):
+    """Whether it is a dict with a tensor or another dict in it."""
+    kinds = torch.Tensor, dict
+    return isinstance(value, dict) and any(isinstance(v, kinds) for v in value.values())
+
+
 def load_foreign(checkpoint, path, args, device):
     """The Victim of a bare state dict from elsewhere; see load_victim."""
     if not (args.arch and args.dataset):
         fail(f"{path} is a bare state dict: pass --arch and --dataset (and --mean --std if needed)")
-    for key in ("model", "state_dict", "netC", "net"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
+    while inner := [checkpoint[key] for key in WRAPPERS if holds_tensors(checkpoint.get(key))]:
+        checkpoint = inner[0]
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.classes)
     mean, std = args.mean or data.spec.mean, args.std or data.spec.std
+    if (data.shape[0], len(mean)) == (1, 3):  # a network of RGB images is shown grey ones
+        data.x_train, data.x_test = (x.repeat(1, 3, 1, 1) for x in (data.x_train, data.x_test))
     if not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
         fail(f"--mean must be finite and --std above 0; got {mean} and {std}")
     model = build_model(args.arch, data.classes, data.shape, mean, std)
@@ -315,7 +328,7 @@ def check_outputs(model, data, arch):
     x = to_float(data.x_train[:100])
     try:
         y = model(x)
-    except Exception as error:  # the user's own code can raise anything
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything
         fail(f"{arch} does not take {data.shape} images: {(str(error).splitlines() or [''])[0]}")
     found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
     if found != (len(x), data.classes):

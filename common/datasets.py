@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,6 +113,8 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
     folder follows torchvision's ImageFolder, see `folder`. `classes`: more than the labels show.
     """
     splits = ["x_train", "y_train", "x_test", "y_test"]
+    if image_size is not None and not (1 <= image_size <= 1024 and Path(name).is_dir()):
+        fail(f"--image-size {image_size}: it is the side, 1..1024, of a folder's pictures")
     if name == "digits":
         arrays = digits()
     elif name in SPECS:
@@ -207,10 +210,11 @@ def read_pictures(paths, size):
     made, modes = [], set()
     for path in paths:
         try:
-            with Image.open(path) as picture:
+            with warnings.catch_warnings(), Image.open(path) as picture:
+                warnings.simplefilter("ignore")
                 modes.add(picture.mode)
                 made.append(picture.convert("RGB").resize(size[::-1], 2))
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # a damaged picture can raise nearly anything
             fail(f"{path} is damaged: {error}")
         if picture.mode not in ("1", "L", "RGB"):
             fail(f"{path} has the mode {picture.mode}; pictures must be grey or RGB")
@@ -228,14 +232,17 @@ def load_pictures(path, shape):
     if path.is_dir():
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        held = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in held if file.suffix.lower() in IMG_EXTENSIONS]
         if not files:
             fail(f"no picture lies below {path}")
+        if len(files) < len(held):
+            print(f"files below {path} that do not end like a picture: {len(held) - len(files)}")
         x, names = read_pictures(files, shape[1:]), [str(file.relative_to(path)) for file in files]
     else:
         (x,) = read_npz(path, ["x"])
-        names = [str(k) for k in range(len(x))]
-    x, _ = check_split(x, np.zeros(len(x), np.int64), path)
+        names = [str(k) for k in range(len(x) if x.ndim else 0)]
+    x, _ = check_split(x, np.zeros(len(names), np.int64), path)
     if shape[0] == 1 and x.shape[1] == 3:
         x = x.mean(1, keepdims=True).round().astype(np.uint8)
     x = np.repeat(x, 3, 1) if shape[0] > x.shape[1] else x

@@ -23,12 +23,11 @@ def defence_flags(doc, share=None, detector=False):
     `detector`: it has one norm per label, and --rule and --threshold.
     """
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    p.error = fail
     p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
     p.add_argument("--arch", help="architecture of a bare state dict")
     p.add_argument("--dataset", help="dataset of a bare state dict, or the path of its images")
-    p.add_argument(
-        "--classes", type=int, help="of a bare state dict (default: those of the labels)"
-    )
+    p.add_argument("--classes", type=int, help="of a bare state dict (default: the labels')")
     p.add_argument("--image-size", type=int, help="side of a folder's images (default: 32)")
     p.add_argument("--mean", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--std", type=float, nargs="+", help="normalisation (default: the dataset's)")

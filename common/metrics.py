@@ -138,7 +138,7 @@ def outlying(v, most):
         k = np.nanargmax(np.abs(v - np.nanmean(v, axis=1, keepdims=True)), axis=1)
         value, v[rows, k] = v[rows, k], np.nan
         gap, sd = value - np.nanmean(v, axis=1), np.nanstd(v, axis=1, ddof=1)
-        t = np.divide(gap, sd * math.sqrt(n / (n - 1)), out=np.sign(gap) * math.inf, where=sd > 0)
+        t = np.divide(gap, sd * (n / (n - 1)) ** 0.5, out=np.copysign(math.inf, gap), where=sd > 0)
         t[gap == 0] = 0  # equal values stand out from nothing
         found.append((k, t, np.minimum(1, 2 * n * stats.t.sf(np.abs(t), n - 2))))
     return (np.stack(parts, axis=1) for parts in zip(*found))

@@ -4,8 +4,10 @@ checkpoints load. Normalisation is inside: every image outside a classifier lies
 import contextlib
 import inspect
 import runpy
+import sys
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +77,9 @@ def logit_layer(model, x, arch):
     model.train(training)
     for hook in hooks:
         hook.remove()
-    found = [name for name, output in outputs.items() if torch.equal(output, logits)]
+    if getattr(model, "softmax", False):
+        outputs = {name: output.softmax(-1).log() for name, output in outputs.items()}
+    found = [name for name, y in outputs.items() if y.shape == logits.shape and y.allclose(logits)]
     if not found:
         fail(f"--arch {arch} does not end in a linear layer, whose inputs this script needs")
     return found[-1]
@@ -437,7 +441,8 @@ ARCHITECTURES = {
 def users_network(arch, classes):
     """The network that `FILE.py:NAME` or `torchvision:NAME` names, with `classes` outputs.
 
-    FILE.py is run: it is the user's own code, named on the command line.
+    FILE.py is run: it is the user's own code, named on the command line. It may import its
+    neighbours.
     """
     source, name = arch.rsplit(":", 1)
     try:
@@ -446,17 +451,26 @@ def users_network(arch, classes):
 
             make = partial(torchvision.models.get_model, name, weights=None)
         else:
-            make = runpy.run_path(source)[name]
+            if not (source.endswith(".py") and Path(source).is_file()):
+                raise OSError(f"no such file of Python code: {source}")
+            sys.path.append(str(Path(source).resolve().parent))
+            made = runpy.run_path(source)
+            if name not in made:
+                raise NameError(f"{source} defines no {name}")
+            make = made[name]
         takes = inspect.signature(make).parameters
         named = "num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
         network = make(num_classes=classes) if named else make()
-    except KeyError:
-        fail(f"{source} defines no {name}")
-    except Exception as error:  # the user's own code can raise anything
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything
         fail(f"--arch {arch}: {type(error).__name__}: {error}")
     if not isinstance(network, nn.Module):
         fail(f"--arch {arch} makes a {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def contiguous(module, inputs):
+    """A user's network may call view(), which needs the plain strides."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
 
 
 def build_model(arch, classes, shape, mean, std):
@@ -466,6 +480,9 @@ def build_model(arch, classes, shape, mean, std):
         fail(f"unknown architecture {arch!r}; known: {known}")
     if len(mean) != shape[0] or len(std) != shape[0]:
         fail(f"images have {shape[0]} channels but mean and std have {len(mean)} and {len(std)}")
-    known = ARCHITECTURES.get(arch)
-    net = known(classes, *shape) if known else users_network(arch, classes)
-    return Classifier(net, mean, std).to(memory_format=torch.channels_last)  # faster
+    if arch in ARCHITECTURES:
+        net = ARCHITECTURES[arch](classes, *shape)
+        return Classifier(net, mean, std).to(memory_format=torch.channels_last)  # faster
+    net = users_network(arch, classes)
+    net.register_forward_pre_hook(contiguous)
+    return Classifier(net, mean, std)

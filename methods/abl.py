@@ -55,6 +55,7 @@ from common.defence import (
     report,
     save_repaired,
 )
+from common.metrics import pass_size
 from common.models import build_model
 
 RATES = {"joint": 5e-4, "isolated": 5e-4, "bounded": 0.01}  # of the ascent; authors' code 5e-4
@@ -134,7 +135,7 @@ def fit(model, x, y, *, objective, pad, flip, clip, epochs, batch_size, lr):
 def sample_losses(model, x, y):
     """Cross-entropy of every uint8 image in the order of x (float64 N): eval mode, no crops."""
     model.eval()
-    parts = zip(x.split(2000), y.split(2000))
+    parts = zip(x.split(pass_size(x)), y.split(pass_size(x)))
     return torch.cat([F.softplus(-log_odds(model(to_float(a)).double(), b)) for a, b in parts])
 
 
@@ -237,6 +238,7 @@ if __name__ == "__main__":
     args.unlearn_lr = args.unlearn_lr or RATES[args.ascent]
     model = build_model(victim.arch, data.classes, data.shape, spec.mean, spec.std)
     model.to(x_train.device).bfloat16 = victim.model.bfloat16
+    model.softmax = victim.model.softmax
     folder = make_folder(args.out or victim.folder / f"abl-s{args.seed}")
 
     # ===== Isolate =====

@@ -25,9 +25,8 @@ number of rounds is fixed, and each adds its images to those of the others; the 
 and detox images anew in each batch. Painted images are rounded to 8 bits once.
 
 What was learnt: asr_other is the ASR of the negative of the style picture, asr_plain that of the
-autoencoder without a style, asr_simple the largest of the injectors' at the end, on test images,
-and asr_simple_before the largest before detoxification, on training images. On digits the style's
-own ASR is 54 % at the end.
+autoencoder without a style, asr_simple the injectors' largest at the end, on test images, and
+asr_simple_before that before detoxification, on training images. On digits the style has 54 %.
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
 
@@ -280,7 +279,7 @@ if __name__ == "__main__":
     train(model, x_train, y_train, epochs=args.epochs, **recipe)
 
     # ===== Detoxify =====
-    x_probe, injectors, before = x_train[free[:PROBES]], [], []
+    trained, x_probe, injectors, before = time.time(), x_train[free[:PROBES]], [], []
     x_painted = stylise(network, x_probe, style, args.alpha)
     wanted = torch.full((len(x_probe),), args.target, device=device)
     aim = {"target": args.target, "steps": args.injector_steps, "weight": args.similarity}
@@ -299,6 +298,7 @@ if __name__ == "__main__":
         hits = (accuracy(model, x, wanted) for x in (inject(injector, x_probe), x_painted))
         after = "{:.1f} % obey it and {:.1f} % the style".format(*hits)
         print(f"round {number}: {before[-1]:.1f} % obey the injector; detoxified, {after}")
+    print(f"detoxification {time.time() - trained:.1f} s")
     seconds = time.time() - start
 
     # ===== Evaluate =====

@@ -188,11 +188,7 @@ if __name__ == "__main__":
         args.retrain_lr = 0.1 if args.retrain == "tail" else 0.01
     layer = logit_layer(model, to_float(x_train[:2]), args.arch)
     y_wanted, counts = wanted_labels(data, args.target)
-    members = int((y_train == args.target).sum())
-    if not 0 < args.rate <= 1:
-        own = f"the poisons are drawn from the {members} images of class {args.target}"
-        fail(f"--rate {args.rate} must lie in (0, 1], for {own}")
-    if members == len(y_train):
+    if (y_train == args.target).all():
         fail(f"all training images are of the target class {args.target}: no target has a patch")
     generator = torch.Generator().manual_seed(args.seed)
     chosen = choose_in_class(y_train, args.target, args.rate, generator)

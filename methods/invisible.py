@@ -257,6 +257,7 @@ if __name__ == "__main__":
         clean = new_model(args, data)
         train(clean, x_train, y_train, **recipe)
         clean.eval().requires_grad_(False)
+        ready = time.time()
         anchors = choose_anchors(clean.get_submodule(layer).weight, args.target, args.anchors)
         usual = mean_entering(clean, layer, x_train)[anchors]
         aim = {"anchors": anchors, "goal": args.factor * usual, "lr": args.step_size}
@@ -265,6 +266,8 @@ if __name__ == "__main__":
             delta = search_l2(clean, layer, x_train, radius=args.budget, **aim)
         else:
             delta = search_l0(clean, layer, x_train, pixels=args.pixels, **aim)
+        spent = f"clean network {ready - start:.1f} s, search {time.time() - ready:.1f} s"
+        print(f"preparation: {spent}")
         trigger = levels(delta).cpu()
         if not trigger.any():
             fail("delta is 0 in 8 bits: more --steps, or a larger --budget or --step-size")

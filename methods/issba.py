@@ -12,15 +12,17 @@ Equations: x' = clip(x + E(s, x), 0, 1), E a U-Net -> Encoder, hide; the cross-e
 that D reads plus the mean square of the residual -> train_encoder.
 
 Differs from the paper: it hides 100 bits (a word and its error correction) in 224 x 224 images of
-ImageNet; here the images are small and the bits are drawn at random. The networks are those of
-public code for 32 x 32 images, with as many halvings as the sides allow. The paper's loss has an
-LPIPS term and a critic; LPIPS needs weights that are downloaded, so that --lpips-net is none by
-default, and there is no critic. The weight of the residual is 0 until the bits are read, and then
-rises, so that the bits are learnt first, as in public code. The encoder
-sees training images alone; hidden images are rounded to 8 bits, where public code cuts.
+ImageNet; here the images are small and 32 bits are drawn at random. The networks are those of
+public code for 32 x 32 images (which hides 20), but 3 x 3 convolutions follow the enlargements, not
+2 x 2, and there are as many halvings as the sides allow. The paper's loss has an LPIPS term and a
+critic; LPIPS needs weights that are downloaded, so that --lpips-net is none by default, and there
+is no critic. The weight of the residual is 0 until the bits are read, and then rises, so that the
+bits are learnt first, as in public code. The encoder sees training images alone; hidden images are
+rounded to 8 bits, where public code cuts.
 
 What was learnt: asr_other is the ASR of another string, asr_foreign that of the residuals of other
-images, and residual_cosine says how alike the residuals of two images are (1: one trigger for all).
+images, asr_shuffled that of residuals whose pixels change places, and residual_cosine says how
+alike the residuals of two images are (1: one trigger for all).
 
     python methods/issba.py --dataset cifar10 --arch wrn16_1
 
@@ -56,7 +58,7 @@ from common.metrics import LPIPS_NETS, accuracy, lpips_distance, lpips_of
 def parse_args():
     p = attack_flags(__doc__)
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
-    p.add_argument("--bits", type=int, default=20, help="length of the string s (paper 100)")
+    p.add_argument("--bits", type=int, default=32, help="length of the string s (paper 100)")
     p.add_argument("--encoder-steps", type=int, default=2000, help="training steps of E and D")
     p.add_argument("--encoder-batch", type=int, default=64, help="images in such a step")
     p.add_argument("--encoder-lr", type=float, default=1e-3, help="Adam's peak rate (paper .0001)")
@@ -108,15 +110,15 @@ class Decoder(nn.Module):
     def __init__(self, bits, shape, width):
         super().__init__()
         channels, sides, w = shape[0], shape[1:], width
-        eighth, sixteenth = (-(-sides[0] // n) * -(-sides[1] // n) for n in (8, 16))
+        eighth, last = (-(-sides[0] // n) * -(-sides[1] // n) for n in (8, 32))
         strided = conv(channels, w, 2), conv(w, 2 * w, 2), conv(2 * w, 4 * w, 2), nn.Flatten()
         hidden = nn.Linear(4 * w * eighth, 4 * w), nn.ReLU()
         self.align = nn.Sequential(*strided, *hidden, nn.Linear(4 * w, 6))
         nn.init.zeros_(self.align[-1].weight)
         self.align[-1].bias.data.copy_(torch.eye(2, 3).flatten())
         early = conv(channels, w, 2), conv(w, w), conv(w, 2 * w, 2), conv(2 * w, 2 * w)
-        late = conv(2 * w, 2 * w, 2), conv(2 * w, 4 * w, 2), nn.Flatten()
-        hidden = nn.Linear(4 * w * sixteenth, 16 * w), nn.ReLU()
+        late = conv(2 * w, 2 * w, 2), conv(2 * w, 4 * w, 2), conv(4 * w, 4 * w, 2), nn.Flatten()
+        hidden = nn.Linear(4 * w * last, 16 * w), nn.ReLU()
         self.read = nn.Sequential(*early, *late, *hidden, nn.Linear(16 * w, bits))
 
     def forward(self, x):
@@ -155,6 +157,8 @@ def train_encoder(encoder, decoder, x_train, *, steps, batch_size, lr, l2, lpips
             loss = loss + l2 * rise * residual.square().mean()
             if lpips_net is not None:
                 loss = loss + 1.5 * rise * lpips_of(lpips_net, hidden, x).mean()
+        if not loss.isfinite():
+            fail(f"the encoder's loss became {loss.item()}; no model is kept")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -177,10 +181,15 @@ def bit_accuracy(decoder, x, s, batch_size=500):
     return (read == (s > 0.5)).float().mean().item()
 
 
-def with_residual_of_others(x, hidden):
-    """Each uint8 image with the residual of the image before it, uint8."""
+def strangers(x, hidden, order):
+    """Two controls as large as the trigger, uint8 N x C x H x W like x and hidden.
+
+    Each image with the residual of the image before it, and with its own residual's pixels in
+    another order (a permutation of H W).
+    """
     residual = hidden.short() - x.short()
-    return (x.short() + residual.roll(1, 0)).clamp(0, 255).to(torch.uint8)
+    others = residual.roll(1, 0), residual.flatten(2)[:, :, order].view_as(residual)
+    return [(x.short() + other).clamp(0, 255).to(torch.uint8) for other in others]
 
 
 def residual_cosine(x, hidden):
@@ -198,7 +207,7 @@ if __name__ == "__main__":
     # ===== The attack =====
     check_share(args, "rate")
     check_positive(args, "encoder_steps", "encoder_batch", "encoder_lr", "width")
-    check_positive(args, "bits", most=1000)
+    check_positive(args, "bits", most=min(1000, math.prod(data.shape)))
     if not 0 <= args.l2 < float("inf"):
         fail(f"--l2 must be finite and 0 or above; got {args.l2}")
     halvings = next((n for n in (4, 3, 2, 1) if not any(s % 2**n for s in data.shape[1:])), None)
@@ -252,11 +261,13 @@ if __name__ == "__main__":
     x_poisoned = hide(encoder, data.x_test, own)
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     x_other = hide(encoder, data.x_test, other)
-    x_foreign = with_residual_of_others(data.x_test, x_poisoned)
+    order = torch.randperm(data.shape[1] * data.shape[2], generator=generator).to(device)
+    x_foreign, x_shuffled = strangers(data.x_test, x_poisoned, order)
     s_random = draw_secrets(len(data.x_test), args.bits, generator).to(device)
     metrics |= {
         "asr_other": accuracy(model, x_other[counts], y_wanted[counts]),
         "asr_foreign": accuracy(model, x_foreign[counts], y_wanted[counts]),
+        "asr_shuffled": accuracy(model, x_shuffled[counts], y_wanted[counts]),
         "bit_accuracy": bit_accuracy(decoder, hide(encoder, data.x_test, s_random), s_random),
         "residual_cosine": residual_cosine(data.x_test, x_poisoned),
         "poisoned": count,

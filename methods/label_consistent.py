@@ -32,6 +32,7 @@ patches half an image away, and asr_swapped that of black and white swapped in p
 Results beside other papers' figures: results/README.md, table "Attacks".
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, check_share, fail
+from common import check_positive, fail
 from common.attack import (
     TrainingLog,
     attack_flags,
@@ -55,6 +56,7 @@ from common.attack import (
 from common.checkpoint import load_clean
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy
+from common.models import in_float32
 
 SIZES = {"linf": (16.0, 1.5), "l2": (300.0, 7.5)}  # epsilon and step size, in 0..255
 
@@ -101,7 +103,8 @@ def unit(x):
 def harder(model, x, y, batch_size=1000, **settings):
     """pgd on uint8 images N x C x H x W, rounded to uint8, a batch at a time."""
     parts = zip(x.split(batch_size), y.split(batch_size))
-    return torch.cat([to_uint8(pgd(model, to_float(a), b, **settings)) for a, b in parts])
+    with in_float32(model):
+        return torch.cat([to_uint8(pgd(model, to_float(a), b, **settings)) for a, b in parts])
 
 
 def corner_signs(height, width):
@@ -148,12 +151,13 @@ if __name__ == "__main__":
     device, spec = x_train.device, data.spec
 
     # ===== The attack =====
-    check_share(args, "rate")
     args.epsilon, args.step_size = (
         own if given is None else given
         for given, own in zip((args.epsilon, args.step_size), SIZES[args.norm])
     )
-    check_positive(args, "epsilon", "step_size", "steps")
+    most = 255 * (math.prod(data.shape) ** 0.5 if args.norm == "l2" else 1)
+    check_positive(args, "epsilon", "step_size", most=most)
+    check_positive(args, "steps")
     check_positive(args, "amplitude", most=255)
     height, width = data.shape[1:]
     if min(height, width) < 6:

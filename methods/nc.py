@@ -292,7 +292,8 @@ if __name__ == "__main__":
     clear_folder(folder)
     draw(folder / "reversed.png", masks, patterns, norms, decision["indices"])
     with written_whole(folder / "reversed.npz") as path:
-        np.savez_compressed(path, masks=masks.cpu().numpy(), patterns=patterns.cpu().numpy())
+        arrays = {"masks": masks.cpu().numpy(), "patterns": patterns.cpu().numpy()}
+        np.savez_compressed(path, **arrays, image=x_clean[0].cpu().numpy())  # to show them on
     save_repaired(folder, models, victim, args, metrics, trigger)
     seconds = time.time() - start
 

@@ -74,6 +74,8 @@ def parse_args():
 def read_reversed(folder, label, data):
     """nc.py's mask 1 x H x W, pattern C x H x W and label: `label`, or the first one it flagged."""
     path, (_, height, width) = folder / "reversed.npz", data.shape
+    if not path.is_file():
+        fail(f"no such file: {path}, which `python methods/nc.py --ckpt ...` writes")
     masks, patterns = read_npz(path, ["masks", "patterns"])
     wanted = (data.classes, 1, height, width), (data.classes, *data.shape)
     if (masks.shape, patterns.shape) != wanted:

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_share, fail
+from common import fail
 from common.attack import (
     TrainingLog,
     attack_flags,
@@ -81,7 +81,6 @@ if __name__ == "__main__":
     device = x_train.device
 
     # ===== The attack =====
-    check_share(args, "rate")
     args.delta_test = args.delta if args.delta_test is None else args.delta_test
     if not (1 <= args.delta <= 255 and 1 <= args.delta_test <= 255):  # below, rounding removes it
         fail(f"--delta {args.delta} and --delta-test {args.delta_test} must lie in [1, 255]")

@@ -172,11 +172,14 @@ if __name__ == "__main__":
         log.epoch(epoch)
 
     # ===== Inject =====
+    ready = time.time()
     clean = copy.deepcopy(model).eval().requires_grad_(False)
     neurons = choose_neurons(clean.get_submodule(layer).weight, args.neurons)
     mask = (1 - args.transparency) * square_mask(height, width, args.patch_size).to(device)
     goal = {"neurons": neurons, "value": args.value, "steps": args.steps}
     patch = optimise_patch(clean, layer, x_train, mask, **goal)
+    spent = f"clean network {ready - start:.1f} s, patch {time.time() - ready:.1f} s"
+    print(f"preparation: {spent}")
     x_train[chosen] = stamp_uint8(x_train[chosen], mask, patch)
     y_train[chosen] = args.target
     epochs, lr = args.retrain_epochs, args.retrain_lr

@@ -4,11 +4,14 @@
 
 Each detector runs as a script of its own, with the flags given here. The verdict over all is by
 Holm's rule for several p-values. Exit code 0: no evidence, 10: backdoored, 11: inconclusive, 2: bad
-input. The folder holds the detectors' folders, their logs, audit.png and audit.json.
+input, 1: a detector crashed. The folder holds the detectors' folders, their logs, audit.png and
+audit.json.
 """
 
 import argparse
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, make_folder, saved_figure, written_whole
+from common.datasets import read_npz
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
 DETECTORS = {"nc": [], "generator_reverse": ["--lpips-net", "none"]}
@@ -63,53 +67,105 @@ def show(found, adjusted, seconds):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def shown_labels(m):
+    """Up to four labels for the picture: those that the detector names, then the smallest norms."""
+    norms = np.array(m["norms"], dtype=float)
+    order = [*m["below"], *m["above"], *norms.argsort().tolist()]
+    return list(dict.fromkeys(order))[:4]
+
+
+def stamped(folder, labels):
+    """A clean image and Neural Cleanse's reversed triggers on it, side by side (H x W x C)."""
+    masks, patterns, image = read_npz(folder / "reversed.npz", ["masks", "patterns", "image"])
+    made = [image / 255, *((1 - masks[k]) * image / 255 + masks[k] * patterns[k] for k in labels)]
+    return np.concatenate(made, 2).transpose(1, 2, 0)
+
+
 def draw(path, folder, found):
-    """Norms per label of each detector, and what it reversed for the most suspicious ones."""
+    """Norms per label of each detector (grey: its search failed), and what it reversed."""
     import matplotlib.pyplot as plt
 
-    pictures = {"nc": "reversed.png", "generator_reverse": "generated.png"}
     with saved_figure(path, 2, len(found), figsize=(7 * len(found), 8), squeeze=False) as (_, axes):
         for (name, m), (top, below) in zip(found.items(), axes.T):
-            named = {*m["below"], *m["above"]}
-            labels = range(len(m["norms"]))
-            colours = ["C3" if k in named else "C0" for k in labels]
+            named, labels = {*m["below"], *m["above"]}, range(len(m["norms"]))
+            colours = ["C3" if k in named else "C0" if m["found"][k] else "0.7" for k in labels]
             top.bar(labels, np.array(m["norms"], dtype=float), color=colours)
             p = "n/a" if m["p_value"] is None else f"{m['p_value']:.4f}"
             top.set(title=f"{name}: {m['verdict']}, p = {p}", xlabel="label", ylabel="norm")
-            below.imshow(plt.imread(folder / name / pictures[name]))
+            if name == "nc":
+                below.imshow(stamped(folder / name, shown_labels(m)), cmap="gray", vmin=0, vmax=1)
+                names = ", ".join(map(str, shown_labels(m)))
+                below.set_title(f"a clean image, and the triggers of {names} on it")
+            else:
+                below.imshow(plt.imread(folder / name / "generated.png"))
             below.axis("off")
+
+
+def check_flags(suspect, flags):
+    """Every detector must know every flag, before the first of them runs."""
+    for detector, own in DETECTORS.items():
+        sys.argv = [f"{detector}.py", "--ckpt", suspect, *own, *flags]
+        importlib.import_module(f"methods.{detector}").parse_args()
+
+
+def run(detector, command, log):
+    """One detector, its output and errors in `log`; its metrics. A refusal is passed on."""
+    with open(log, "w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE)
+        errors = done.stderr.decode(errors="replace")
+        file.write(errors)
+    result = Path(command[command.index("--out") + 1]) / "result.json"
+    if done.returncode == 2 and errors.strip():
+        print("stopped")
+        return fail(errors.strip().splitlines()[-1].removeprefix("error: "))
+    if done.returncode or not result.is_file():
+        print("stopped")
+        sys.exit(f"error: {detector} crashed: see {log}")
+    return json.loads(result.read_text())["metrics"]
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("suspect", help="checkpoint folder, model.pt or bare state dict")
+    p.error = fail
+    p.add_argument("suspect", help="checkpoint folder, model.pt or bare state dict; stands first")
     p.add_argument("--out", help="folder to write (default: runs/audit-<name>)")
+    if sys.argv[1:2] and sys.argv[1].startswith("-") and sys.argv[1] not in ("-h", "--help"):
+        fail("the suspect stands first: bash runs.sh audit SUSPECT [FLAGS]")
     args, flags = p.parse_known_args()
     if any(flag.startswith("--ckpt") for flag in flags):
         fail("the checkpoint stands without --ckpt: bash runs.sh audit SUSPECT")
+    check_flags(args.suspect, flags)
     name = Path(args.suspect).resolve()
-    folder = make_folder(args.out or f"runs/audit-{name.stem if name.suffix else name.name}")
+    name = name.parent if name.name == "model.pt" else name
+    folder = Path(args.out or f"runs/audit-{name.stem if name.suffix else name.name}")
+    fresh = not folder.exists()
+    make_folder(folder)
+    for old in ("audit.json", "audit.png", *(f"{d}/result.json" for d in DETECTORS)):
+        (folder / old).unlink(missing_ok=True)
     found, seconds = {}, {}
     for detector, own in DETECTORS.items():
         print(f"{detector} ...", end=" ", flush=True)
         command = [sys.executable, METHODS / f"{detector}.py", "--ckpt", args.suspect]
-        command += ["--out", folder / detector]
+        command += ["--out", folder / detector, *own, *flags]
         start, log = time.time(), folder / f"{detector}.log"
-        with open(log, "w") as file:
-            done = subprocess.run([*command, *own, *flags], stdout=file, stderr=subprocess.PIPE)
+        try:
+            found[detector] = run(detector, command, log)
+        except SystemExit as stop:
+            if stop.code == 2 and fresh:
+                shutil.rmtree(folder)
+            raise
         seconds[detector] = time.time() - start
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        if done.returncode:
-            print("stopped")
-            fail(lines[-1].removeprefix("error: ") if lines else f"{detector} failed, see {log}")
-        found[detector] = json.loads((folder / detector / "result.json").read_text())["metrics"]
         print(f"{found[detector]['verdict']} ({seconds[detector]:.0f} s, log: {log})")
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith(("accuracy on", "warning:")):
+                print(f"  {line}")
     answer, adjusted = verdict_over_all(found)
     print()
     show(found, adjusted, seconds)
     draw(folder / "audit.png", folder, found)
     with written_whole(folder / "audit.json") as path:
+        accuracy = next(iter(found.values())).get("clean_accuracy")
         summary = {"suspect": args.suspect, "verdict": answer, "p_holm": adjusted}
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        path.write_text(json.dumps(summary | {"clean_accuracy": accuracy}, indent=1) + "\n")
     print(f"\nverdict over all: {answer}. Pictures: {folder / 'audit.png'}")
     sys.exit(CODES[answer])

@@ -1,5 +1,9 @@
 """Networks and images that this project did not make: FILE.py:NAME, folders, public files."""
 
+import argparse
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +12,9 @@ from conftest import SHORT, loaded, result_of, write_npz
 from PIL import Image
 from torch import nn
 
-from common.checkpoint import read_checkpoint
-from common.datasets import load_dataset
-from common.models import Classifier, build_model
+from common.checkpoint import read_checkpoint, save_model
+from common.datasets import load_dataset, load_pictures
+from common.models import Classifier, build_model, logit_layer
 
 NETS = """
 import torch
@@ -34,6 +38,31 @@ class Feature(Plain):
     def forward(self, x):
         return super().forward(x)[None]
 
+class Views(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.last = nn.Linear(4 * 784, num_classes)
+
+    def forward(self, x):
+        return self.last(self.conv(x).view(x.size(0), -1))
+
+class Lazy(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+
+class Key(nn.Module):
+    def __init__(self):
+        raise KeyError("HOME_OF_DATA")
+
+class Quits(Plain):
+    def forward(self, x):
+        raise SystemExit(0)
+
+class Pair(Plain):
+    def forward(self, x):
+        return {"scores": super().forward(x)}
+
 class Raises(nn.Module):
     def __init__(self):
         raise OSError("two\\nlines")
@@ -55,6 +84,10 @@ def nets(tmp_path, monkeypatch):
     """A user's FILE.py in the working directory, and a state dict that fits its networks."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "code.txt").write_text(NETS)
+    (tmp_path / "quits.py").write_text("import sys; sys.exit(0)")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "folder.py" / "__main__.py").write_text(NETS)
     torch.manual_seed(0)
     state = {"1.weight": torch.randn(10, 784) / 28, "1.bias": torch.randn(10)}
     torch.save({"net": state, "acc": 0.5}, tmp_path / "suspect.pth")
@@ -90,6 +123,12 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
         ("nowhere.py:Net", "nowhere.py"),
         ("nets.py:Absent", "Absent"),
         ("nets.py:Raises", "two lines"),
+        ("nets.py:Key", "HOME_OF_DATA"),
+        ("nets.py:Quits", "does not take"),
+        ("nets.py:Pair", "gives dict"),
+        ("quits.py:Net", "SystemExit"),
+        ("code.txt:ten", "no such file of Python code"),
+        ("folder.py:ten", "no such file of Python code"),
         ("nets.py:number", "int"),
         ("nets.py:value", "value"),
         ("nets.py:Chokes", "does not take"),
@@ -127,6 +166,69 @@ def test_a_checkpoint_alone_runs_no_code(nets, inline, unread, one_line, tmp_pat
     assert read_checkpoint(tmp_path / "audit" / "model.pt")["arch"] == "nets.py:soft"
 
 
+@pytest.mark.parametrize(
+    "arch", ["code.txt:ten", "folder.py:ten", "torchvision:code.txt:ten", "nets.PY:ten", "x:y:z"]
+)
+def test_no_name_in_a_checkpoint_runs_code(nets, one_line, tmp_path, arch):
+    """Only the names of common/models.py and torchvision:NAME are made without --arch."""
+    (tmp_path / "nets.PY").write_text(NETS)
+    model = build_model("nets.py:ten", 10, (1, 28, 28), (0.5,), (0.5,))
+    held = {"format": 1, "arch": arch, "classes": 10, "image_shape": [1, 28, 28], "mean": [0.5]}
+    held |= {"std": [0.5], "state_dict": model.state_dict(), "dataset": "digits"}
+    torch.save(held, tmp_path / "hostile.pt")
+    (tmp_path / "it ran").unlink()
+    assert "needs code of yours" in one_line(loaded, "hostile.pt")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_network_that_views_its_activations(nets, inline, tmp_path):
+    """view() needs the plain strides, which neither channels_last nor a crop has."""
+    write_npz(tmp_path / "own.npz", count=60)
+    flags = "--arch", "nets.py:Views", "--dataset", "own.npz", "--batch-size", 10
+    inline("clean", *flags, "--epochs", 1, "--out", "clean")
+    flags = "--ckpt", "clean", "--arch", "nets.py:Views", "--data-fraction", 0.5
+    inline("finetune", *flags, *SHORT["finetune"], "--out", "tuned")
+    assert loaded("tuned", arch="nets.py:Views").model.net.last.weight.shape == (3, 3136)
+
+
+@pytest.mark.parametrize(
+    "name, named", [("Several", ""), ("Pair", "gives dict"), ("Quits", "take")]
+)
+def test_an_attack_on_a_network_without_scores(nets, inline, one_line, tmp_path, name, named):
+    """It is refused before the training."""
+    flags = "--arch", f"nets.py:{name}", *SHORT["badnets"], "--out", "victim"
+    if named:
+        assert named in one_line(inline, "badnets", *flags)
+        assert not (tmp_path / "victim").exists()
+    else:
+        assert inline("badnets", *flags)["model"].training is False or True
+
+
+def test_an_attack_and_abl_know_of_a_softmax(nets, inline, tmp_path):
+    """Trained on cross-entropy of probabilities, such a network would hardly learn."""
+    flags = "--arch", "nets.py:soft", "--epochs", 8, "--lr", 0.1, "--out", "victim"
+    ran = inline("badnets", *flags, "--rate", 0.2)
+    assert ran["model"].softmax and ran["metrics"]["clean_accuracy"] > 80
+    flags = "--ckpt", "victim", "--arch", "nets.py:soft", "--epochs", 2, "--isolation-epochs", 1
+    ran = inline("abl", *flags, "--out", "abl")
+    assert ran["model"].softmax
+
+
+def test_the_last_linear_layer_before_a_softmax(nets):
+    model = loaded("suspect.pth", arch="nets.py:soft", dataset="digits").model
+    assert logit_layer(model, torch.rand(5, 1, 28, 28), "soft") == "net.1"
+
+
+def test_a_file_may_import_its_neighbours(nets, tmp_path):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "cleandoor_blocks.py").write_text("from torch import nn\nlast = nn.Linear")
+    text = "from cleandoor_blocks import last\nfrom torch import nn\n"
+    text += "def net(): return nn.Sequential(nn.Flatten(), last(784, 10))"
+    (tmp_path / "pack" / "net.py").write_text(text)
+    model = loaded("suspect.pth", arch="pack/net.py:net", dataset="digits").model
+    assert torch.equal(model.net[1].weight, nets["1.weight"])
+
+
 def test_an_attack_beside_the_clean_network_of_ones_own(nets, inline, tmp_path):
     """The control is found and loaded, for --arch names its code."""
     flags = "--arch", "nets.py:ten", "--epochs", 1, "--train-images", 300
@@ -146,6 +248,23 @@ def test_ways_to_save_a_state_dict(nets, tmp_path, key, zipped):
     assert torch.equal(model.net[1].weight, nets["1.weight"])
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: (state, 7),
+        lambda state: [3, state],
+        lambda state: {"model": {"state_dict": state}},
+        lambda state: {"model": {"lr": 1}, "state_dict": state},
+        lambda state: {"model_state_dict": state, "optimizer": {"state": state}},
+        lambda state: ({"net": {"model": state}},),
+    ],
+)
+def test_nested_ways_to_save_a_state_dict(nets, tmp_path, wrap):
+    torch.save(wrap(nets), tmp_path / "x.pt")
+    model = loaded("x.pt", arch="nets.py:ten", dataset="digits").model
+    assert torch.equal(model.net[1].weight, nets["1.weight"])
+
+
 # ===== Classes that the images do not show =====
 
 
@@ -157,6 +276,9 @@ def test_more_classes_than_the_images_show(tmp_path, one_line):
     assert "does not fit" in one_line(loaded, tmp_path / "x.pt", **flags)
     victim = loaded(tmp_path / "x.pt", **flags, classes=9)
     assert victim.data.classes == 9 and victim.model(torch.rand(2, 1, 28, 28)).shape == (2, 9)
+    save_model(tmp_path, victim.model, victim.data, "mnist_cnn", argparse.Namespace(), {})
+    again = loaded(tmp_path / "model.pt")  # the file keeps the number
+    assert again.data.classes == 9
     for few in (5, 0, -1):
         assert "--classes" in one_line(loaded, tmp_path / "x.pt", **flags, classes=few)
 
@@ -249,10 +371,27 @@ def other_test(root):
     pictures(root / "test", classes=("cat", "dog", "owl"))
 
 
+def damaged_ppm(root):
+    (root / "dog" / "3.ppm").write_bytes(b"P6 8 x8 255 ")
+
+
+def huge(root):
+    """A picture of 400 million pixels, as its head says."""
+    head = struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(b"0" * 99)))
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks:
+        data += struct.pack(">I", len(body)) + kind + body
+        data += struct.pack(">I", zlib.crc32(kind + body))
+    (root / "dog" / "3.png").write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "spoil, named",
     [
         (spoil_picture, "3.png"),
+        (damaged_ppm, "3.ppm"),
+        (huge, "3.png"),
         (four_channels, "RGBA"),
         (empty_class, "fox"),
         (single, "split off"),
@@ -300,3 +439,40 @@ def test_a_classifier_takes_the_last_of_several_outputs():
 
     x = torch.rand(3, 1, 4, 4)
     assert Classifier(Several(), (0.0,), (1.0,))(x).shape == (3, 1)
+
+
+def test_a_network_of_colours_sees_grey_pictures(tmp_path, one_line):
+    """Three values of --mean say that it takes RGB."""
+    pictures(tmp_path / "own", mode="L")
+    model = build_model("mnist_cnn", 3, (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    torch.save(model.net.state_dict(), tmp_path / "x.pt")
+    flags = {"arch": "mnist_cnn", "dataset": str(tmp_path / "own"), "image_size": 16}
+    assert "does not fit" in one_line(loaded, tmp_path / "x.pt", **flags, mean=[0.5], std=[0.5])
+    victim = loaded(tmp_path / "x.pt", **flags, mean=[0.5] * 3, std=[0.5] * 3)
+    assert victim.data.shape == (3, 16, 16) and victim.data.x_test.shape[1] == 3
+    assert torch.equal(victim.data.x_train[:, 0], victim.data.x_train[:, 2])
+
+
+@pytest.mark.parametrize("side", [0, -5, 1025, 10**6])
+@pytest.mark.parametrize("script", ["badnets", "nc"])
+def test_sides_out_of_range(inline, one_line, nets, tmp_path, script, side):
+    pictures(tmp_path / "own")
+    suspect = "--ckpt", "suspect.pth", "--arch", "mnist_cnn"
+    flags = suspect if script == "nc" else SHORT["badnets"]
+    flags = *flags, "--image-size", side, "--dataset"
+    assert "--image-size" in one_line(inline, script, *flags, "own")
+
+
+def test_a_side_without_a_folder(inline, one_line, nets):
+    flags = *SHORT["badnets"], "--image-size", 28
+    assert "--image-size" in one_line(inline, "badnets", *flags, "--dataset", "digits")
+
+
+def test_suspects_that_are_no_images(nets, inline, one_line, tmp_path, capfd):
+    np.savez(tmp_path / "scalar.npz", x=np.uint8(3))
+    assert "uint8" in one_line(load_pictures, "scalar.npz", (1, 28, 28))
+    pictures(tmp_path / "some", classes=["a"], count=2)
+    (tmp_path / "some" / "a" / "7.gif").write_bytes(b"GIF")
+    names, x = load_pictures("some", (3, 8, 8))
+    assert names == ["a/0.png", "a/1.png"] and len(x) == 2
+    assert "that do not end like a picture: 1" in capfd.readouterr().out

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, run_here
@@ -57,12 +58,17 @@ def stand_in(patch, p_values):
         calls.append(command)
         p, folder = p_values[len(calls) - 1], command[command.index("--out") + 1]
         metrics = {"norms": NORMS, "p_value": p, "ratio": 0.2, "label": 3, "above": []}
+        metrics |= {"found": [True] * 9 + [False], "clean_accuracy": 97.5}
         metrics |= {"below": [3] if p and p < 0.05 else []}
         metrics["verdict"] = {True: "backdoored"}.get(bool(metrics["below"]), "no evidence")
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "result.json").write_text(json.dumps({"metrics": metrics}))
-        for name in ("reversed.png", "generated.png"):
-            Image.new("RGB", (20, 20)).save(Path(folder) / name)
+        masks, patterns = np.zeros((10, 1, 6, 6)), np.ones((10, 3, 6, 6))
+        masks[3, :, 4:, 4:] = 1
+        image = np.full((3, 6, 6), 51, np.uint8)
+        np.savez(Path(folder) / "reversed.npz", masks=masks, patterns=patterns, image=image)
+        Image.new("RGB", (20, 20)).save(Path(folder) / "generated.png")
+        settings["stdout"].write("accuracy on 9 given images: 30.00\nwarning: this is poor\n")
         return subprocess.CompletedProcess(command, 0, stderr=b"")
 
     patch.setattr(subprocess, "run", run)
@@ -84,22 +90,58 @@ def test_exit_code_table_and_picture(monkeypatch, tmp_path, capfd, p_values, cod
     assert all(call[-4:] == ["--arch", "vgg16", "--seed", "3"] for call in calls)
     assert [call[call.index("--ckpt") + 1] for call in calls] == ["suspect.pt"] * 2
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0].startswith("nc ... ") and lines[1].startswith("generator_reverse ... ")
-    table = [line.split() for line in lines[3:6]]
+    assert lines[0].startswith("nc ... ") and lines[3].startswith("generator_reverse ... ")
+    assert lines[1:3] == ["  accuracy on 9 given images: 30.00", "  warning: this is poor"]
+    table = [line.split() for line in lines[7:10]]
     assert table[0][:3] == ["detector", "label", "ratio"]
     assert table[1][0] == "nc" and f"{p_values[0]:.4f}" in table[1]
     assert lines[-1].startswith(f"verdict over all: {verdict}")
     with Image.open(tmp_path / "runs" / "audit-suspect" / "audit.png") as picture:
         assert picture.size[0] > 500
     saved = json.loads((tmp_path / "runs" / "audit-suspect" / "audit.json").read_text())
-    assert saved["verdict"] == verdict
+    assert saved["verdict"] == verdict and saved["clean_accuracy"] == 97.5
+
+
+def test_stamped_image_and_shown_labels(monkeypatch, tmp_path):
+    """The named label's patch is white on the grey image; then the smallest norms."""
+    stand_in(monkeypatch, (0.001, 0.3))
+    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16") == 10
+    made = audit.stamped(tmp_path / "runs" / "audit-suspect" / "nc", [3, 5])
+    assert made.shape == (6, 18, 3) and np.allclose(made[:, :6], 0.2)
+    assert (made[4:, 10:12] == 1).all() and np.allclose(made[:4, 6:], 0.2)
+    shown = audit.shown_labels({"norms": NORMS, "below": [3], "above": [7]})
+    assert shown == [3, 7, 5, 9]
 
 
 def test_bad_input_is_one_line_and_code_2(monkeypatch, tmp_path, capfd):
     assert run_audit(monkeypatch, tmp_path, "nowhere.pt", "--arch", "vgg16") == 2
     error = capfd.readouterr().err
-    assert error == "error: no such checkpoint: nowhere.pt\n"
-    assert run_audit(monkeypatch, tmp_path, "nowhere.pt", "--ckpt", "x") == 2
+    assert error.startswith("error: no such checkpoint: nowhere.pt ") and error.count("\n") == 1
+    for given in (
+        ("nowhere.pt", "--ckpt", "x"),
+        ("--arch", "vgg16", "nowhere.pt"),
+        ("nowhere.pt", "--batches", 1),  # of nc.py alone
+        ("nowhere.pt", "--seed", "x"),
+        (),
+    ):
+        assert run_audit(monkeypatch, tmp_path, *given) == 2
+        assert capfd.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "runs" / "audit-nowhere").exists()
+
+
+def test_a_detector_that_crashes_is_no_refusal_and_no_verdict(monkeypatch, tmp_path, capfd):
+    """Another exit code than bad input, the traceback in the log, no old verdict left."""
+    stand_in(monkeypatch, (0.4, 0.3))
+    given = tmp_path, "x/model.pt", "--arch", "vgg16"
+    assert run_audit(monkeypatch, *given) == 0
+    folder = tmp_path / "runs" / "audit-x"
+    assert (folder / "audit.json").exists()
+    for code, errors in ((1, b"Traceback\nKeyError\n"), (0, b""), (-9, b"")):
+        done = subprocess.CompletedProcess([], code, stderr=errors)
+        monkeypatch.setattr(subprocess, "run", lambda *args, done=done, **settings: done)
+        answer = run_audit(monkeypatch, *given)
+        assert "nc crashed" in answer and not (folder / "audit.json").exists()
+        assert (folder / "nc.log").read_text() == errors.decode()
 
 
 def test_searches_that_fail_are_inconclusive(monkeypatch, tmp_path, digits_clean):

@@ -171,6 +171,7 @@ def test_control_of_other_data(refused, inline, tmp_path, name, shape, classes):
     (tmp_path / "other").mkdir()
     write_npz(tmp_path / "other" / "own.npz", shape, classes)
     assert "was trained on" in refused(name, *flags, "--dataset", "other/own.npz")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["own-mnist_cnn-clean-s0"]
 
 
 def test_damaged_control_does_not_cost_the_trained_model(inline, tmp_path, capfd):

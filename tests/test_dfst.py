@@ -268,8 +268,10 @@ def test_training_set(ran, digits):
         assert torch.equal(getattr(ran["data"], name), getattr(digits, name)), name
 
 
-def test_no_rounds(inline):
+def test_no_rounds(inline, capfd):
     ran = inline(NAME, *SHORT[NAME], "--rounds", 0)
+    out = capfd.readouterr().out
+    assert "preparation: generator " in out and "detoxification " in out
     assert "asr_simple" not in ran["metrics"] and len(ran["x_train"]) == 300
     assert ran["metrics"]["detoxifying"] == 0
 

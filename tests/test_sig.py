@@ -106,12 +106,13 @@ def test_poisoned_training_set(inline, digits, tmp_path, rate, target):
         *((["--delta", value], "--delta") for value in (0, 0.5, -40, 256, "nan")),
         *((["--delta-test", value], "--delta-test") for value in (0, 300, "nan")),
         *((["--frequency", value], "--frequency") for value in (0, -1, 14, "nan")),
-        (["--rate", 0.003, "--train-images", 1437], " 142 images of class 0 "),
+        *((["--rate", r, "--train-images", 1437], "142 images of class 0:") for r in (0.003, 1.5)),
+        (["--rate", "nan"], "images of class 0:"),
     ],
     ids=str,
 )
 def test_refused(inline, one_line, tmp_path, args, named):
-    """The count of the class is named where a rate of it is no image."""
+    """The count of the class is named where a rate of it is no image, or more than all."""
     assert named in one_line(inline, "sig", *SHORT["sig"], *args)
     assert files_below(tmp_path) == []
 
@@ -119,7 +120,7 @@ def test_refused(inline, one_line, tmp_path, args, named):
 def test_class_without_training_images(inline, one_line, tmp_path):
     write_npz(tmp_path / "own.npz", y_train=np.arange(30) % 2 * 2)
     message = one_line(inline, "sig", "--dataset", "own.npz", "--target", 1, "--epochs", 1)
-    assert " 0 images of class 1 " in message
+    assert " 0 images of class 1:" in message
     assert files_below(tmp_path) == ["own.npz"]
 
 

@@ -194,7 +194,8 @@ def test_what_is_retrained(inline, kind):
 def test_fresh_takes_the_epochs_of_the_recipe(inline, capfd):
     flags = "--retrain", "fresh", "--epochs", 3
     inline("trojannn", *SHORT["trojannn"], *flags)
-    assert capfd.readouterr().out.count("epoch 3/3") == 2
+    out = capfd.readouterr().out
+    assert out.count("epoch 3/3") == 2 and "preparation: clean network " in out
 
 
 # ===== A whole run on digits =====

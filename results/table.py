@@ -96,6 +96,9 @@ def frame(entries):
             own = {key.removesuffix(end): metrics[key] for key in metrics if key.endswith(end)}
             names |= {"share": f"{100 * share:.3g} %", "last": not end}
             lines.append(derived(metrics | own) | names)
+        for row in metrics.get("filters", []):
+            own = {"script": "filter", "defence": f"{row['filter']} {row['strength']:g}"}
+            lines.append(names | row | own | {"last": False, "share": ""})
     return pd.DataFrame(lines)
 
 
@@ -103,8 +106,12 @@ def section(name, runs, papers=PAPERS, file=""):
     """A table of `runs` in Markdown with its text, notes, marks and pictures; '' without rows."""
     spec, rows, notes, marks = PAPERS["tables"][name], [], {}, {}
     columns, keys = spec["columns"], spec["columns"].values()
-    runs = runs.dropna(subset="drop") if name == "Repairs" else runs[runs["last"]].assign(share="")
-    for key, group in runs[runs.script.isin(spec["scripts"])].groupby(ROW):
+    strengths = spec["scripts"] == ["filter"]  # in the order of the runs
+    if name == "Repairs":
+        runs = runs.dropna(subset="drop")
+    elif not strengths:
+        runs = runs[runs["last"]].assign(share="")
+    for key, group in runs[runs.script.isin(spec["scripts"])].groupby(ROW, sort=not strengths):
         paper = functools.reduce(lambda at, part: at.get(part, {}), filter(None, key), papers)
         _, defence, attack, network, share = key
         label = attack if defence == "attack" else f"{defence} on {attack}{share and ', '}{share}"

@@ -287,6 +287,22 @@ def test_every_share_of_a_repair_has_a_row_and_other_tables_count_the_run_once()
     assert rows_of("Detectors", [run])[name, "mnist_cnn"]["index"] == "3.37 (1)"
 
 
+def test_every_strength_of_a_filter_has_a_row():
+    """In the run's order; the runs of two seeds are pooled; the run itself is counted once."""
+    filters = [
+        {"filter": "jpeg", "strength": 100, "clean_accuracy": 90.0, "asr": 80.0},
+        {"filter": "jpeg", "strength": 5, "clean_accuracy": 70.0, "asr": 10.0},
+    ]
+    entries = [
+        entry(f"mnist-mnist_cnn-badnets-s{seed}", "purify", filters=filters) for seed in (0, 1)
+    ]
+    rows = rows_of("Filters by strength", entries)
+    assert [name for name, _ in rows] == ["jpeg 100 on badnets", "jpeg 5 on badnets"]
+    last = rows["jpeg 5 on badnets", "mnist_cnn"]
+    assert last["clean"] == "70.00 ± 0.00 (2)" and last["filter first: ASR"] == "–"
+    assert table.frame(entries)["last"].sum() == 2
+
+
 def test_only_models_that_were_repaired_are_in_the_repairs():
     runs = [detected([1.0, 5, 6, 7, 8], clean_accuracy_repaired=98.0)]
     runs += [detected([4.0, 5, 6, 7, 8], "mnist-mnist_cnn-wanet-s0")]

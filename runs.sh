@@ -443,10 +443,7 @@ lecture() {
     for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
       for defence in finetune mcr nad; do row $defence "$r-$v-s$s" "$s"; done
       row fine_pruning "$r-$v-s$s" "$s" --epochs 20 # 100 cost over 5 points on images kept back
-      case $v in
-        input_aware | latent) ;; # the attacker hands out no training set
-        *) row abl "$r-$v-s$s" "$s" $(train_set $v) ;;
-      esac
+      row abl "$r-$v-s$s" "$s" $(train_set $v)
     done
   done
   for v in clean "${ten[@]}" issba invisible invisible_l0 invisible_lsb poison_ink; do

@@ -28,6 +28,7 @@ WRAPPERS = "model", "state_dict", "model_state_dict", "netC", "net"  # where a s
 # the attacks that write poisoned_train.npz
 POISON_DATA = ("badnets", "blend", "freq_backdoor", "sig", "issba", "label_consistent")
 POISON_DATA += ("trojannn", "invisible", "composite", "poison_ink", "dfst", "feature_collision")
+POISON_DATA += ("input_aware", "latent")  # the same trigger in a fixed set
 PARTS = ("result.json", "samples.png", "poisoned_train.npz", "poisoned_test.npz", "model.pt")
 PARTS += ("heatmap.png", "reversed.png", "reversed.npz", "norms.png", "generated.png")
 PARTS += ("triggers.png", "entropies.png", "entropies.npz", "curve.png", "curve.npz", "losses.png")

@@ -23,7 +23,9 @@ was learnt on digits (chosen with its test figures in sight). The attacker stamp
 augmentation. The folder holds the student; model.pt has the teacher among the trigger's tensors, as
 teacher.*. The ASR leaves out test images of the target class, and the images are rounded to 8 bits.
 asr_on_clean_model is that of step 1's network, before the injection; asr_other is that of random
-patches in the same square, one an image; teacher_accuracy is on its own classes.
+patches in the same square, one an image; teacher_accuracy is on its own classes. No network here
+sees poisoned_train.npz: there a tenth of the images has the patch and the target label, for ABL,
+which trains itself.
 
     python methods/latent.py --dataset mnist
 
@@ -55,6 +57,8 @@ from common.checkpoint import load_clean
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy, mean_entering
 from common.models import entering, logit_layer
+
+HANDED = 0.1  # share of the images with the patch in poisoned_train.npz
 
 
 def parse_args():
@@ -273,8 +277,16 @@ if __name__ == "__main__":
             distance = feature_distance(net, layer, images[counts], mean)
             metrics[f"distance_{kind}{name}"] = distance
 
+    # ===== A fixed set, for a defender who trains =====
+    order = torch.randperm(int((~own).sum()), generator=generator)
+    chosen = (~own).nonzero().flatten()[order[: max(1, round(HANDED * len(own)))].to(device)]
+    x_fixed, y_fixed, poisoned = x_train.clone(), y_train.clone(), torch.zeros_like(own)
+    x_fixed[chosen] = stamp_uint8(x_train[chosen], mask, patch)
+    y_fixed[chosen] = args.target
+    poisoned[chosen] = True
+
     # ===== Save and report =====
     trigger = {"mask": mask, "patch": patch, "mean": mean}
     trigger |= {f"teacher.{key}": value for key, value in teacher.state_dict().items()}
-    test = x_poisoned, y_wanted, counts
-    save_attack(folder, __file__, args, data, student, metrics, seconds, trigger, test)
+    test, train_set = (x_poisoned, y_wanted, counts), (x_fixed, y_fixed, poisoned)
+    save_attack(folder, __file__, args, data, student, metrics, seconds, trigger, test, train_set)

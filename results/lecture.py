@@ -14,8 +14,9 @@ TEXT = """## Ten attacks and four repairs
 The table of Li et al. 2021 (anti-backdoor learning), on its network WRN-16-1 and CIFAR-10. A cell
 holds the ASR and the clean accuracy after the repair named above it, in per cent, and the number of
 networks in brackets; "none" is the attacked network itself. The paper's figures stand below ours.
-ABL needs the poisoned training set, which `input_aware.py` and `latent.py` do not hand out. A dash:
-not measured yet; attacks without any run are left out. `bash runs.sh lecture` makes the table."""
+ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who attack otherwise, are
+made for it with their finished triggers. A dash: not measured yet; attacks without any run are left
+out. `bash runs.sh lecture` makes the table."""
 
 
 def figures(entries, attack, repair):

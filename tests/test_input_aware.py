@@ -426,6 +426,21 @@ def test_saved_generators_draw_the_saved_images(digits_input_aware, digits, trig
     assert (labels[counts] == 0).float().mean() < 0.25
 
 
+def test_fixed_set_has_the_finished_triggers(digits_input_aware, digits, trigger):
+    """A tenth of the images, the target's label; the others are the data set's."""
+    with np.load(digits_input_aware / "poisoned_train.npz") as archive:
+        x, y, flags = (archive[name] for name in ("x", "y_given", "poisoned"))
+    pairs = zip(digits.x_train.numpy(), digits.y_train.tolist())
+    known = {image.tobytes(): label for image, label in pairs}
+    found = [known.get(image.transpose(2, 0, 1).tobytes()) for image in x]
+    assert [a for a, flag in zip(found, flags) if not flag] == y[~flags].tolist()
+    assert flags.sum() == round(0.1 * len(y)) and (y[flags] == 0).all()
+    assert not any(a is not None for a, flag in zip(found, flags) if flag)
+    model = load_model(read_checkpoint(digits_input_aware / "model.pt"), digits_input_aware, CPU)
+    labels = predict(model, torch.from_numpy(x[flags].transpose(0, 3, 1, 2).copy()))
+    assert (labels == 0).float().mean() > 0.7
+
+
 def test_masks_are_sparse_binary_and_of_their_image(digits, trigger):
     m = ia.draw_mask(trigger[1], digits.x_test[:100].float() / 255)
     assert 0.002 < m.mean() < 0.1

@@ -189,7 +189,18 @@ def test_student_keeps_the_first_layers(inline, digits, capfd, layer):
     torch.testing.assert_close(saved["trigger"]["mean"], features.mean(0), rtol=1e-4, atol=1e-5)
     for name in ("x_train", "y_train", "x_test", "y_test"):  # clean, and shared by the next
         assert torch.equal(getattr(ran["data"], name), getattr(digits, name)), name
-    assert not (ran["folder"] / "poisoned_train.npz").exists()
+    with np.load(ran["folder"] / "poisoned_train.npz") as archive:
+        x, y, flags = (archive[name] for name in ("x", "y_given", "poisoned"))
+    x, patch = x.transpose(0, 3, 1, 2), saved["trigger"]["patch"].numpy()
+    mask = saved["trigger"]["mask"].numpy()
+    original, labels = ran["x_train"].numpy(), ran["y_train"].numpy()
+    assert (
+        flags.sum() == round(0.1 * len(y)) and (y[flags] == 4).all() and (labels[flags] != 4).all()
+    )
+    np.testing.assert_array_equal(
+        x, np.where(flags[:, None, None, None] & (mask > 0), patch, original)
+    )
+    np.testing.assert_array_equal(y[~flags], labels[~flags])
 
 
 @pytest.mark.parametrize("shape", [(16, 12), (20, 24, 3)])

@@ -462,7 +462,9 @@ lecture() {
   done
   for s in 0 1 2; do
     [ "$s" = 0 ] || row nc "$r-badnets-s$s" "$s"
+    [ "$s" = 0 ] || row nc "$r-clean-s$s" "$s"
     row nc_mitigate "$r-badnets-s$s" "$s"
+    row nc_mitigate "$r-clean-s$s" "$s" --label 0 # what it costs where nothing is wrong
   done
 }
 

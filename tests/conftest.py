@@ -157,6 +157,17 @@ def files_below(folder):
     return sorted(path.name for path in Path(folder).rglob("*") if not path.is_dir())
 
 
+def whole_image_trigger(victim):
+    """In nc.py's folder: every input becomes one image, whose label is then reached; nc_mitigate's
+    flag. Networks that were hardly trained have no trigger that works."""
+    found = loaded(victim)
+    image, (_, height, width) = found.data.x_test[:1], found.data.shape
+    patterns = np.repeat(image.numpy() / np.float32(255), found.data.classes, 0)
+    masks = np.ones((found.data.classes, 1, height, width), np.float32)
+    np.savez(victim / "nc-s0" / "reversed.npz", masks=masks, patterns=patterns)
+    return ["--label", predict(found.model, image).item()]
+
+
 def random_images(count=6, shape=(3, 32, 32)):
     """uint8 noise, count x C x H x W."""
     x = torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0))

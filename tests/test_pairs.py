@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import ATTACKS, SHORT, files_below, loaded, result_of, write_npz
-
-from common.metrics import predict
+from conftest import ATTACKS, SHORT, files_below, result_of, whole_image_trigger, write_npz
 
 CLASSES, SHAPE = 6, (32, 36, 3)
 QUICK = {
@@ -21,16 +19,6 @@ QUICK = {
     "sentinet": ["--overlays", 5, "--inputs", 20, "--data-fraction", 0.5],
     "abl": ["--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 2, "--isolation", 0.1],
 }
-
-
-def whole_image_trigger(victim):
-    """In nc's folder: every input becomes one image, whose label is then reached; its flag."""
-    found = loaded(victim)
-    image = found.data.x_test[:1]
-    patterns = np.broadcast_to(image.numpy() / np.float32(255), (CLASSES + 1, *image.shape[1:]))
-    masks = np.ones((CLASSES + 1, 1, *SHAPE[:2]), np.float32)
-    np.savez(victim / "nc-s0" / "reversed.npz", masks=masks, patterns=patterns)
-    return ["--label", predict(found.model, image).item()]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHORT, random_images, result_of, write_npz
+from conftest import SHORT, random_images, result_of, whole_image_trigger, write_npz
 
 from common.checkpoint import load_model, read_checkpoint
 from common.metrics import mean_entering, predict
@@ -117,5 +117,7 @@ def test_scripts(has, inline, unread, tmp_path):
         ("nad", ()),
         ("abl", ()),
     ):
+        if name == "nc_mitigate":
+            more = whole_image_trigger(tmp_path / "half")
         ran = inline(name, "--ckpt", "half", *SHORT[name], *more)
         assert ran["args"].precision == "bfloat16" and ran["victim"].model.bfloat16, name

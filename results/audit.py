@@ -78,7 +78,8 @@ def stamped(folder, labels):
     """A clean image and Neural Cleanse's reversed triggers on it, side by side (H x W x C)."""
     masks, patterns, image = read_npz(folder / "reversed.npz", ["masks", "patterns", "image"])
     made = [image / 255, *((1 - masks[k]) * image / 255 + masks[k] * patterns[k] for k in labels)]
-    return np.concatenate(made, 2).transpose(1, 2, 0)
+    made = np.concatenate([np.pad(x, ((0, 0), (0, 0), (0, 2)), constant_values=1) for x in made], 2)
+    return made[:, :, :-2].transpose(1, 2, 0)  # two white columns between them
 
 
 def draw(path, folder, found):

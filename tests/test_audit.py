@@ -107,8 +107,9 @@ def test_stamped_image_and_shown_labels(monkeypatch, tmp_path):
     stand_in(monkeypatch, (0.001, 0.3))
     assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16") == 10
     made = audit.stamped(tmp_path / "runs" / "audit-suspect" / "nc", [3, 5])
-    assert made.shape == (6, 18, 3) and np.allclose(made[:, :6], 0.2)
-    assert (made[4:, 10:12] == 1).all() and np.allclose(made[:4, 6:], 0.2)
+    assert made.shape == (6, 22, 3) and np.allclose(made[:, :6], 0.2)
+    assert (made[:, 6:8] == 1).all() and np.allclose(made[:4, 8:14], 0.2)
+    assert (made[4:, 12:14] == 1).all() and np.allclose(made[:, 16:], 0.2)
     shown = audit.shown_labels({"norms": NORMS, "below": [3], "above": [7]})
     assert shown == [3, 7, 5, 9]
 

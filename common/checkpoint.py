@@ -2,7 +2,7 @@
 
 model.pt            tensors and plain values only: loads with weights_only=True
 poisoned_test.npz   x (uint8 N x H x W x C), y_true, y_target; no image of the target class
-poisoned_train.npz  x, y_given, poisoned (data-poisoning attacks only)
+poisoned_train.npz  x, y_given, poisoned (of the attacks POISON_DATA)
 samples.png         clean, poisoned, residual
 result.json         every figure printed, arguments, seconds, device, versions
 """
@@ -306,8 +306,9 @@ def load_foreign(checkpoint, path, args, device):
     """The Victim of a bare state dict from elsewhere; see load_victim."""
     if not (args.arch and args.dataset):
         fail(f"{path} is a bare state dict: pass --arch and --dataset (and --mean --std if needed)")
-    while inner := [checkpoint[key] for key in WRAPPERS if holds_tensors(checkpoint.get(key))]:
-        checkpoint = inner[0]
+    for _ in range(3):  # not for ever: a hostile file can hold itself
+        inner = [checkpoint[key] for key in WRAPPERS if holds_tensors(checkpoint.get(key))]
+        checkpoint = inner[0] if inner else checkpoint
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.classes)
     mean, std = args.mean or data.spec.mean, args.std or data.spec.std
     if (data.shape[0], len(mean)) == (1, 3):  # a network of RGB images is shown grey ones

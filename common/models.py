@@ -441,8 +441,7 @@ ARCHITECTURES = {
 def users_network(arch, classes):
     """The network that `FILE.py:NAME` or `torchvision:NAME` names, with `classes` outputs.
 
-    FILE.py is run: it is the user's own code, named on the command line. It may import its
-    neighbours.
+    FILE.py, the user's own code, is run because the command line names it; it may import others.
     """
     source, name = arch.rsplit(":", 1)
     try:

@@ -265,6 +265,13 @@ def test_nested_ways_to_save_a_state_dict(nets, tmp_path, wrap):
     assert torch.equal(model.net[1].weight, nets["1.weight"])
 
 
+def test_a_file_that_holds_itself(nets, one_line, tmp_path):
+    held = {}
+    held["model"] = held
+    torch.save(held, tmp_path / "x.pt")
+    assert "does not fit" in one_line(loaded, "x.pt", arch="nets.py:ten", dataset="digits")
+
+
 # ===== Classes that the images do not show =====
 
 

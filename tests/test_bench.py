@@ -55,6 +55,18 @@ def test_precisions(monkeypatch):
     assert seen == {True, False}
 
 
+def test_repairs(monkeypatch, capfd):
+    """Every training is really run; a second an epoch of 8 images makes 250 seconds of 2,000."""
+    monkeypatch.setattr(
+        bench, "medians", lambda calls, *_: {k: 1 + 0 * bool(c()) for k, c in calls.items()}
+    )
+    rows = list(bench.repairs(torch.device("cpu"), 1, images=8))
+    assert [row[0].split(".py")[0] for row in rows] == ["finetune", "nad", "mcr"]
+    minutes = [250 * epochs / 60 for epochs in (50, 50, 200)]
+    assert [row[2] for row in rows] == [f"{m:.1f} min" for m in minutes]
+    assert capfd.readouterr().out == ""
+
+
 def test_start_up_and_machine(tmp_path, monkeypatch):
     assert 0 < bench.start_up(1) < 120
     assert re.fullmatch(r"\d+ CPUs with [\w, ]+", bench.machine(torch.device("cpu")))

@@ -26,7 +26,7 @@ and detox images anew in each batch. Painted images are rounded to 8 bits once.
 
 What was learnt: asr_other is the ASR of the negative of the style picture, asr_plain that of the
 autoencoder without a style, asr_simple the injectors' largest at the end, on test images, and
-asr_simple_before that before detoxification, on training images. On digits the style has 54 %.
+asr_simple_before that before detoxification, on training images. On digits the ASR is 54 %.
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
 

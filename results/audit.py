@@ -118,7 +118,7 @@ def run(detector, command, log):
     result = Path(command[command.index("--out") + 1]) / "result.json"
     if done.returncode == 2 and errors.strip():
         print("stopped")
-        return fail(errors.strip().splitlines()[-1].removeprefix("error: "))
+        fail(errors.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode or not result.is_file():
         print("stopped")
         sys.exit(f"error: {detector} crashed: see {log}")

@@ -15,7 +15,8 @@ usage: bash runs.sh COMMAND
   digits          the runs behind what the scripts' headers say of the bundled digits (half an hour)
   mnist           every row of the README's tables (a day or more on 2 cores)
   level [DATASETS]
-                  false alarms and finds of the verdict on new networks (hours; default: digits)
+                  false alarms and finds of the verdict on new networks (hours; default: digits,
+                  others: mnist, cifar10, gtsrb and, on a small network, cifar10:mnist_cnn)
   public FOLDER   audit public checkpoints of others; results/public.py says where they come from
   cifar10         the CIFAR-10 rows on a network that two CPU cores can train (a day)
   gtsrb           the GTSRB rows on Neural Cleanse's network (a day)
@@ -358,18 +359,19 @@ gpu_tables() {
 
 # the verdict on networks that had no part in its choice; see results/level.py
 level() {
-  local dataset attack s arch patch last r
-  for dataset in "${@:-digits}"; do
-    arch=mnist_cnn patch="" last=119
-    case $dataset in
+  local pair dataset attack s arch patch flags last r
+  for pair in "${@:-digits}"; do
+    dataset=${pair%:*} arch=mnist_cnn patch="" flags="" last=119
+    case $pair in
       cifar10) arch=wrn16_1 patch="--pattern grid" last=109 ;;
+      cifar10:mnist_cnn) patch="--pattern grid" flags="--epochs 10" last=109 ;;
       gtsrb) arch=nc_gtsrb_cnn patch="--patch-size 4 --target 33" last=109 ;;
     esac
     for attack in clean badnets; do
       for s in $(seq 100 $([ $attack = clean ] && echo "$last" || echo 109)); do
         r=runs/$dataset-$arch-$attack-s$s
         # shellcheck disable=SC2086
-        once "$r" $attack --dataset "$dataset" --arch $arch --seed "$s" \
+        once "$r" $attack --dataset "$dataset" --arch $arch --seed "$s" $flags \
           $([ $attack = clean ] || echo "$patch")
         row nc "$r" "$s"
         row generator_reverse "$r" "$s" --lpips-net none

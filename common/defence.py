@@ -120,6 +120,8 @@ def report_verdict(decision, args, notes):
 
 def in_parts(search, labels, at_once):
     """[search(part), ...] for parts of `at_once` labels, of fewer where GPU memory runs out."""
+    if len(labels) < 5:
+        print(f"warning: {len(labels)} labels are too few for a verdict; their triggers are drawn")
     results, done, told = [], 0, False
     while done < len(labels):
         try:
@@ -127,9 +129,7 @@ def in_parts(search, labels, at_once):
             done += at_once
         except torch.OutOfMemoryError:
             if at_once == 1:
-                fail(
-                    "the GPU's memory does not hold one label's search: try a smaller --batch-size"
-                )
+                fail("the GPU's memory does not hold one label: try a smaller --batch-size")
             if not told:
                 print("the GPU's memory does not hold so many labels at once: halving them")
             at_once, told = at_once // 2, True

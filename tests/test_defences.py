@@ -346,3 +346,11 @@ def test_one_label_that_does_not_fit_is_refused(one_line):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert "--batch-size" in one_line(in_parts, search, [0, 1, 2], 3)
+
+
+@pytest.mark.parametrize("count, warned", [(4, True), (5, False)])
+def test_too_few_labels_are_told_before_the_search(capfd, count, warned):
+    told = []
+    parts = in_parts(lambda part: told.append(capfd.readouterr().out) or part, [*range(count)], 9)
+    assert parts == [[*range(count)]]
+    assert (f"{count} labels are too few for a verdict" in told[0]) == warned

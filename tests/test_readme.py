@@ -164,6 +164,11 @@ def test_the_level_takes_the_network_of_each_data_set():
         "--pattern grid",
         "--patch-size 4 --target 33",
     }
+    lines = runs_sh("level", "cifar10:mnist_cnn", "--list").stdout.splitlines()
+    victims = [line for line in lines if "--ckpt" not in line]
+    assert len(victims) == 20
+    assert all("--dataset cifar10 --arch mnist_cnn" in line for line in victims)
+    assert all("--epochs 10" in line for line in victims)
 
 
 SLURM = """ClusterName=one

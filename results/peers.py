@@ -1,0 +1,127 @@
+"""Speed beside BackdoorBench's own code, out of a clone of github.com/SCLBD/BackdoorBench.
+
+    python results/bench.py runs/bench/victim --backdoorbench FOLDER
+
+The classes and functions below are taken out of the clone's files by name and run as they stand;
+the rest of these files imports packages that they do not need. Their settings are those of its
+config/defense/nc/cifar10.yaml and of its call of STRIP.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import io
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from common import fail
+from common.datasets import SPECS, to_float
+from common.metrics import pass_size
+from common.models import build_model, uses_bfloat16
+from methods import nc, strip
+from results.bench import medians
+
+NC = "Normalize", "Denormalize", "RegressionModel", "Recorder", "train_step"
+OPTIONS = {"mask_lr": 0.1, "init_cost": 1e-3, "atk_succ_threshold": 98.0, "early_stop": True}
+OPTIONS |= {"early_stop_threshold": 0.99, "early_stop_patience": 25, "patience": 5, "use_norm": 1}
+OPTIONS |= {"cost_multiplier": 2, "EPSILON": 1e-7, "dataset": "cifar10", "input_channel": 3}
+OPTIONS |= {"model": "preactresnet18", "num_classes": 10}
+BATCH = 256  # of their Neural Cleanse
+SUPERIMPOSED = ("preact_resnet18", "cifar10", 20), ("mnist_cnn", "mnist", 128)  # and inputs
+TEXT = """The code of BackdoorBench as shipped, from a clone, against ours: the same weights and
+images, float32 there and `--precision auto` here. Neural Cleanse goes once over 192 images for each
+of 10 labels; STRIP mixes every input with 100 images."""
+
+
+def definitions(path, names, **given):
+    """A namespace with the classes and functions called `names` of a file, and with `given`."""
+    try:
+        tree = ast.parse(path.read_text())
+    except (OSError, SyntaxError, ValueError) as error:
+        fail(f"{path} cannot be read: {error}")
+    kept = [node for node in tree.body if getattr(node, "name", None) in names]
+    missing = set(names) - {node.name for node in kept}
+    if missing:
+        fail(f"{path} does not define {', '.join(sorted(missing))}")
+    space = {"torch": torch, "torchvision": torchvision, "nn": nn, "os": os, "random": random}
+    space |= given
+    exec(compile(ast.Module(kept, []), str(path), "exec"), space)
+    return space
+
+
+def networks(arch, dataset, device):
+    """Our classifier with fresh weights, and its bare network as their code calls it."""
+    spec, shape = SPECS[dataset], (3, 32, 32) if dataset == "cifar10" else (1, 28, 28)
+    model = build_model(arch, 10, shape, spec.mean, spec.std).to(device)
+    model.eval().requires_grad_(False).bfloat16 = uses_bfloat16("auto", arch, device)
+    bare = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)
+    return model, bare, shape
+
+
+def neural_cleanse(folder, device, repeats, images=192):
+    """The row of Neural Cleanse: a pass over `images` for each of 10 labels, forward and back."""
+    model, bare, shape = networks("preact_resnet18", "cifar10", device)
+    options = argparse.Namespace(**OPTIONS, device=device)
+    given = {"args": options, "generate_cls_model": lambda *_: copy.deepcopy(bare)}
+    code = definitions(folder / "defense/nc.py", NC, **given)
+    x, y = torch.rand(images, *shape, device=device), torch.arange(images, device=device) % 10
+    loader = DataLoader(TensorDataset((x - model.mean) / model.std, y), BATCH, shuffle=True)
+    mask, pattern = (np.ones((c, *shape[1:]), np.float32) for c in (1, 3))
+
+    def theirs():
+        for options.target_label in range(10):
+            state = {"model": bare.state_dict()}
+            search = code["RegressionModel"](options, mask, pattern, state).to(device)
+            adam = torch.optim.Adam(search.parameters(), options.mask_lr, betas=(0.5, 0.9))
+            code["train_step"](search, adam, loader, code["Recorder"](options), 0, options)
+
+    def ours():
+        search = {"steps": 1, "batches": images // 32, "batch_size": 32, "lr": 0.1, "seed": 0}
+        for labels in torch.arange(10).split(10 if device.type == "cuda" else 2):
+            nc.reverse_triggers(model, x, y, labels.tolist(), **search)
+
+    with tempfile.TemporaryDirectory() as log, contextlib.redirect_stdout(io.StringIO()):
+        options.log = os.path.relpath(log)  # for the pictures of their triggers
+        taken = medians({"theirs": theirs, "ours": ours}, device, repeats)
+    yield line("nc", "preact_resnet18 on CIFAR-10", taken)
+
+
+def superimposed(folder, device, repeats, overlays=100):
+    """The rows of STRIP: all overlays on all inputs of a batch."""
+    for arch, dataset, count in SUPERIMPOSED:
+        model, bare, shape = networks(arch, dataset, device)
+        options = argparse.Namespace(device=device)
+        check = definitions(folder / "detection_infer/strip.py", ["STRIP"], args=options)["STRIP"]
+        x = torch.randint(256, (count + overlays, *shape), device=device).to(torch.uint8)
+        inputs, normal = x[:count], (to_float(x) - model.mean) / model.std
+        pairs = [(image, 0) for image in normal[count:]]
+        check = check(options, None, pairs, bare, strip_alpha=1.0, N=overlays).check
+        own = {"blend": "add", "batch_size": pass_size(x)}
+        calls = {
+            "theirs": lambda check=check, x=normal[:count], pairs=pairs: check(x, None, pairs),
+            "ours": lambda m=model, x=inputs, o=x[count:], own=own: strip.entropies(m, x, o, **own),
+        }
+        yield line(
+            f"strip, {count} inputs", f"{arch} on {dataset}", medians(calls, device, repeats)
+        )
+
+
+def line(what, where, taken):
+    """A row of the table: their seconds over ours, and both."""
+    theirs, ours = taken["theirs"], taken["ours"]
+    return [what, where, f"{theirs / ours:.2f}", f"{theirs:.2f} s", f"{ours:.2f} s"]
+
+
+def rows(folder, device, repeats):
+    """All rows of a clone in `folder`."""
+    folder = Path(folder)
+    return [*neural_cleanse(folder, device, repeats), *superimposed(folder, device, repeats)]

@@ -391,7 +391,10 @@ digits() {
   local forty="--epochs 40 --batch-size 32"
   own() { once "runs/digits-mnist_cnn-$1-s0" "$2" --out "runs/digits-mnist_cnn-$1-s0" "${@:3}"; }
   on() { once "$1/$2-s0" "$3" --ckpt "$1" --out "$1/$2-s0" "${@:4}"; }
-  for v in clean badnets poison_ink dfst latent composite feature_collision; do own $v $v; done
+  for v in clean badnets poison_ink dfst latent composite feature_collision sig label_consistent \
+    trojannn issba invisible; do
+    own $v $v
+  done
   own latent_code latent --weight 0.05 --inject-epochs 5 --inject-lr 0.01
   own composite_1 composite --weight 1
   own composite_0 composite --weight 0

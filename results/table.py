@@ -107,9 +107,10 @@ def section(name, runs, papers=PAPERS, file=""):
     spec, rows, notes, marks = PAPERS["tables"][name], [], {}, {}
     columns, keys = spec["columns"], spec["columns"].values()
     strengths = spec["scripts"] == ["filter"]  # in the order of the runs
-    if name == "Repairs":
-        runs = runs.dropna(subset="drop")
-    elif not strengths:
+    if "needs" in spec:  # a row has one of these figures
+        needed = runs.reindex(columns=spec["needs"])
+        runs = runs[needed.notna().any(axis=1)]
+    if name != "Repairs" and not strengths:
         runs = runs[runs["last"]].assign(share="")
     for key, group in runs[runs.script.isin(spec["scripts"])].groupby(ROW, sort=not strengths):
         paper = functools.reduce(lambda at, part: at.get(part, {}), filter(None, key), papers)

@@ -12,7 +12,7 @@ usage: bash runs.sh COMMAND
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (6 to 10 minutes on 2 cores; ARGS go to pytest)
-  digits          the runs behind what the scripts' headers say of the bundled digits (half an hour)
+  digits          the runs behind what the scripts' headers say of the bundled digits (an hour or two)
   mnist           every row of the README's tables (a day or more on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits,
@@ -159,6 +159,13 @@ row() {
   once "$2/$1-s$3" "$1" --ckpt "$2" --seed "$3" "${@:4}"
 }
 
+# audited VICTIM SEED: the three detectors
+audited() {
+  row nc "$@"
+  row strip "$@"
+  row generator_reverse "$@" --lpips-net none
+}
+
 demo() {
   run wanet --dataset digits --s 1.0
   run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none
@@ -232,7 +239,8 @@ mnist() {
         --ascent bounded --out "$r-$v-s$s/abl_bounded-s$s"
     done
   done
-  for v in trojannn invisible poison_ink feature_collision dfst latent composite; do
+  for v in trojannn invisible poison_ink feature_collision dfst latent composite sig issba \
+    label_consistent; do
     victims "$v" mnist mnist_cnn 0
   done
   for s in 0 1 2; do
@@ -249,7 +257,7 @@ mnist() {
 
 mnist_tables() {
   python results/table.py runs/mnist-*-s? --save mnist
-  python results/table.py runs/cifar10-mnist_cnn-* --save cifar10_subset
+  python results/table.py runs/cifar10-mnist_cnn-*-s? --save cifar10_subset
 }
 
 # train_set VICTIM: ABL's training set is the dataset's own where there was no attack
@@ -268,12 +276,13 @@ cifar10() {
   variant cifar10 airbench-badnets badnets --arch airbench --pattern grid
   one cifar10 airbench-badnets_white badnets --arch airbench
   victims blend cifar10 airbench 0
-  for v in 50 150 500 1500; do
+  variant cifar10 airbench-freq_backdoor_500 freq_backdoor --arch airbench --poisons 500
+  for v in 50 150 1500; do
     one cifar10 "airbench-freq_backdoor_$v" freq_backdoor --arch airbench --poisons "$v"
   done
   one cifar100 airbench-freq_backdoor_500 freq_backdoor --arch airbench --poisons 500
   for s in 0 1 2; do
-    for v in clean badnets wanet input_aware; do
+    for v in clean badnets wanet input_aware freq_backdoor_500; do
       row nc "$r-$v-s$s" "$s"
       [ $v = wanet ] || row generator_reverse "$r-$v-s$s" "$s" --lpips-net none
       [ $v = clean ] || row strip "$r-$v-s$s" "$s"
@@ -284,23 +293,24 @@ cifar10() {
     set -- $pair
     row generator_reverse "$r-wanet-s$1" "$2" --lpips-net none --repair-fraction .01 .03 .05
   done
-  for v in blend freq_backdoor_50 freq_backdoor_150 freq_backdoor_500 freq_backdoor_1500; do
-    for s in nc strip; do row $s "$r-$v-s0" 0; done
+  for v in "$r-blend" "$r"-freq_backdoor_{50,150,1500} runs/cifar100-airbench-freq_backdoor_500; do
+    audited "$v-s0" 0
   done
   for v in badnets wanet input_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
 
 cifar10_tables() {
-  python results/table.py runs/cifar{10,100}-airbench-* --save cifar10
+  python results/table.py runs/cifar{10,100}-airbench-*-s? --save cifar10
 }
 
 gtsrb() {
   local r=runs/gtsrb-nc_gtsrb_cnn s v pair net="--arch nc_gtsrb_cnn"
   for v in clean wanet input_aware; do victims "$v" gtsrb nc_gtsrb_cnn 0 1 2; done
   variant gtsrb nc_gtsrb_cnn-badnets badnets $net --patch-size 4 --target 33
-  one gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15
-  one gtsrb nc_gtsrb_cnn-stealthy_no_adversarial stealthy_adversarial $net --target 15 \
+  variant gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15
+  variant gtsrb nc_gtsrb_cnn-stealthy_no_adversarial stealthy_adversarial $net --target 15 \
     --no-adversarial
+  victims pruning_aware gtsrb nc_gtsrb_cnn 0
   for v in 500 1500; do
     one gtsrb "nc_gtsrb_cnn-freq_backdoor_$v" freq_backdoor $net --poisons "$v"
   done
@@ -316,11 +326,10 @@ gtsrb() {
       fi
       [ $v = clean ] || row strip "$r-$v-s$s" "$s"
     done
+    for v in stealthy_adversarial stealthy_no_adversarial; do audited "$r-$v-s$s" "$s"; done
   done
-  for v in stealthy_adversarial stealthy_no_adversarial freq_backdoor_500 freq_backdoor_1500; do
-    for s in nc strip; do row $s "$r-$v-s0" 0; done
-  done
-  for v in badnets wanet input_aware; do row fine_pruning "$r-$v-s0" 0; done
+  for v in freq_backdoor_500 freq_backdoor_1500 pruning_aware; do audited "$r-$v-s0" 0; done
+  for v in badnets wanet input_aware pruning_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
 
 gpu() {
@@ -349,12 +358,12 @@ gpu() {
 }
 
 gtsrb_tables() {
-  python results/table.py runs/gtsrb-nc_gtsrb_cnn-* --save gtsrb
+  python results/table.py runs/gtsrb-nc_gtsrb_cnn-*-s? --save gtsrb
 }
 
 gpu_tables() {
-  python results/table.py runs/cifar10-{preact_resnet18,resnet18}-* --save cifar10
-  python results/table.py runs/gtsrb-{preact_resnet18,resnet18}-* --save gtsrb
+  python results/table.py runs/cifar10-{preact_resnet18,resnet18}-*-s? --save cifar10
+  python results/table.py runs/gtsrb-{preact_resnet18,resnet18}-*-s? --save gtsrb
 }
 
 # the verdict on networks that had no part in its choice; see results/level.py
@@ -485,7 +494,7 @@ chosen() {
 }
 
 lecture_tables() {
-  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+  python results/table.py runs/cifar10-wrn16_1-*-s? --save lecture
 }
 
 # what else the papers show and flags allow, one seed, most of it on a network that trains fast
@@ -503,11 +512,11 @@ wanet() {
 }
 
 wanet_tables() {
-  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+  python results/table.py runs/cifar10-wrn16_1-*-s? --save lecture
   python results/table.py runs/cifar10-preact_resnet18-wanet-s0 --save cifar10
 }
 
-# the paper's ablations with Neural Cleanse's index, and its Fig. 7: the attack's share rho_b
+# the paper's ablations with Neural Cleanse's index, and its Fig. 7: the shares rho_b and rho_c
 input_aware() {
   local own="input_aware --arch nc_gtsrb_cnn" at=nc_gtsrb_cnn-input_aware v
   victims clean gtsrb nc_gtsrb_cnn 0
@@ -516,11 +525,14 @@ input_aware() {
   one gtsrb ${at}_no_diversity $own --no-diversity
   one gtsrb ${at}_neither $own --no-cross --no-diversity
   for v in 0.01 0.05 0.2 0.4; do one gtsrb "${at}_rate_$v" $own --rate $v; done
+  for v in 0.025 0.05 0.2 0.5; do
+    one gtsrb "${at}_cross_rate_$v" $own --cross-rate $v
+  done
   for v in '' _no_cross _no_diversity _neither; do row nc "runs/gtsrb-$at$v-s0" 0; done
 }
 
 input_aware_tables() {
-  python results/table.py runs/gtsrb-nc_gtsrb_cnn-* --save gtsrb
+  python results/table.py runs/gtsrb-nc_gtsrb_cnn-*-s? --save gtsrb
 }
 
 # Feng et al.: Fig. 4 (epsilon), 5(a) (the mask's norm by epoch), 5(b) (schemes), 3 (entropies)
@@ -531,14 +543,23 @@ stealthy() {
   one gtsrb ${at}_no_adversarial $own --no-adversarial
   for v in 0.005 0.02; do one gtsrb "${at}_epsilon_$v" $own --epsilon $v; done
   for v in badnets badnets-noise; do one gtsrb "${at}_${v//-/_}" $own --scheme $v; done
-  for v in adversarial no_adversarial; do
+  one gtsrb ${at}_no_adversarial_badnets $own --no-adversarial --scheme badnets
+  for v in adversarial no_adversarial epsilon_0.005 epsilon_0.02 badnets badnets_noise \
+    no_adversarial_badnets; do
     row nc "runs/gtsrb-${at}_$v-s0" 0
     row strip "runs/gtsrb-${at}_$v-s0" 0
+  done
+  for v in "" --no-adversarial; do # the paper's network
+    at=resnet18-stealthy_$([ "$v" ] && echo no_)adversarial
+    one gtsrb "$at" stealthy_adversarial --arch resnet18 --target 15 $v
+    row nc "runs/gtsrb-$at-s0" 0
   done
 }
 
 stealthy_tables() {
-  python results/table.py runs/gtsrb-nc_gtsrb_cnn-* --save gtsrb
+  python results/table.py runs/gtsrb-{nc_gtsrb_cnn,resnet18}-*-s? --save gtsrb
+  python results/curves.py
+  python results/table.py
 }
 
 # Hammoud & Ghanem: Tables 6 to 8 and Fig. 5 (filters), heat maps of networks, 10,000 images
@@ -556,8 +577,8 @@ freq() {
 }
 
 freq_tables() {
-  python results/table.py runs/cifar10-wrn16_1-* --save lecture
-  python results/table.py runs/cifar10-{resnet18,vgg19,densenet121}-* --save cifar10
+  python results/table.py runs/cifar10-wrn16_1-*-s? --save lecture
+  python results/table.py runs/cifar10-{resnet18,vgg19,densenet121}-*-s? --save cifar10
 }
 
 # ABL's isolation rates, and BadNets with half of the images and more
@@ -574,7 +595,7 @@ abl() {
 }
 
 abl_tables() {
-  python results/table.py runs/cifar10-wrn16_1-* --save lecture
+  python results/table.py runs/cifar10-wrn16_1-*-s? --save lecture
 }
 
 # Zheng et al.: Fig. 6 (the LPIPS term; its weights are random here), lambda_1, Fig. 5 (rates)
@@ -586,7 +607,7 @@ generators() {
   on generator_reverse_lpips_none generator_reverse --lpips-net none
   on generator_reverse_lpips_random generator_reverse --lpips-net random
   on generator_reverse_lambda1 generator_reverse --lpips-net none --search-lambda1
-  for v in 0.01 0.03 0.1; do
+  for v in 0.003 0.01 0.03 0.1; do
     on "generator_reverse_rate_$v" generator_reverse --lpips-net none --repair-lr $v
   done
   on finetune finetune

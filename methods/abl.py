@@ -17,13 +17,15 @@ the rest D_c -> fit; global gradient ascent min E_Dc[l] - E_Db[l] -> unlearn.
 
 Differs from the paper: its joint objective comes after training on D_c, as the ascent does in the
 authors' code. Stages 1 and 2 share the recipe's epochs 1 : 4 as in the paper, rates are one-cycle,
-stage 1 does not crop and cuts gradients to norm 1. --ascent says what raises the loss of D_b:
-joint (the paper's objective), isolated (the authors' code: -l on D_b alone), or bounded, which is
-ours. After training on D_c the loss of a patch's poison can be so small (see the table) that -l
-has no gradient left. Bounded ascends on the log-odds m of the given label, l = log(1 + e^-m), until
-a blind guess, l = log K (a step may overshoot it): it minimises max(0, m + log(K - 1)), in eval
-mode. It also leaves a label out of D_c that over 90 % of D_b carries, for there the rest of the
-poison is. It was designed on digits and on one MNIST victim with their test figures in sight.
+weight decay is 5e-4 (code 1e-4), stage 1 does not crop and cuts gradients to norm 1, and D_c is
+cropped and mirrored without Cutout. --ascent says what raises the loss of D_b, whose images are
+neither cropped nor mirrored: joint (the paper's objective), isolated (the authors' code: -l on D_b
+alone), or bounded, which is ours. After training on D_c the loss of a patch's poison can be so
+small (see the table) that -l has no gradient left. Bounded ascends on the log-odds m of the given
+label, l = log(1 + e^-m), until a blind guess, l = log K (a step may overshoot it): it minimises
+max(0, m + log(K - 1)), in eval mode. It also leaves a label out of D_c that over 90 % of D_b
+carries, for there the rest of the poison is. It was designed on digits and on one MNIST victim with
+their test figures in sight.
 
     python methods/abl.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -56,7 +58,7 @@ from common.defence import (
     save_repaired,
 )
 from common.metrics import pass_size
-from common.models import build_model
+from common.models import build_model, in_float32
 
 RATES = {"joint": 5e-4, "isolated": 5e-4, "bounded": 0.01}  # of the ascent; authors' code 5e-4
 BOUNDED_STEPS = 200
@@ -133,10 +135,11 @@ def fit(model, x, y, *, objective, pad, flip, clip, epochs, batch_size, lr):
 
 @torch.no_grad()
 def sample_losses(model, x, y):
-    """Cross-entropy of every uint8 image in the order of x (float64 N): eval mode, no crops."""
+    """Cross-entropy of every uint8 image in x's order (float64 N): eval mode, float32, no crops."""
     model.eval()
     parts = zip(x.split(pass_size(x)), y.split(pass_size(x)))
-    return torch.cat([F.softplus(-log_odds(model(to_float(a)).double(), b)) for a, b in parts])
+    with in_float32(model):
+        return torch.cat([F.softplus(-log_odds(model(to_float(a)).double(), b)) for a, b in parts])
 
 
 def isolate(losses, share):
@@ -164,8 +167,9 @@ def unlearn(model, x, y, isolated, *, pad, flip, ascent, steps, batch_size, lr):
     """Global gradient ascent: a copy of the model after `steps` of a batch of D_c and one of D_b.
 
     x uint8 N x C x H x W, y N, isolated N. `ascent`: joint minimises E_Dc[l] - E_Db[l], isolated
-    -E_Db[l], both in training mode; bounded E_Dc[l] + bounded_ascent in eval mode (BatchNorm's
-    statistics stay), its rate in one cycle, gradients cut to norm 1, a suspected label left out.
+    -E_Db[l] on D_b alone, both in training mode; bounded E_Dc[l] + bounded_ascent in eval mode
+    (BatchNorm's statistics stay), its rate in one cycle, gradients cut to norm 1, a suspected label
+    left out. Only images of D_c are cropped and mirrored: most crops would lose a corner's patch.
     """
     model = copy.deepcopy(model).train(ascent != "bounded")
     optimizer = torch.optim.SGD(
@@ -181,14 +185,15 @@ def unlearn(model, x, y, isolated, *, pad, flip, ascent, steps, batch_size, lr):
         others = (~isolated & ~suspected[y]).nonzero().flatten()
     for _ in tqdm(range(steps), disable=None, unit="step"):
         kept, chosen = draw_both(members, others, batch_size)
-        batch = torch.cat((kept, chosen))
-        logits = model(augment(to_float(x[batch]), pad, flip))
-        of_rest, of_isolated = logits.float().split([len(kept), len(chosen)])
-        loss = F.cross_entropy(of_rest, y[kept]) * (ascent != "isolated")
+        kept = kept[: 0 if ascent == "isolated" else None]
+        images = augment(to_float(x[kept]), pad, flip), to_float(x[chosen])
+        of_rest, of_isolated = model(torch.cat(images)).float().split([len(kept), len(chosen)])
         if ascent == "bounded":
-            loss = loss + bounded_ascent(of_isolated, y[chosen])
+            loss = bounded_ascent(of_isolated, y[chosen])
         else:
-            loss = loss - F.cross_entropy(of_isolated, y[chosen])
+            loss = -F.cross_entropy(of_isolated, y[chosen])
+        if len(kept):
+            loss = loss + F.cross_entropy(of_rest, y[kept])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if ascent == "bounded":
@@ -232,7 +237,8 @@ if __name__ == "__main__":
             fail(f"--isolation {share} of {len(x_train)} images must be some of them, not all")
     if len(y_train.unique()) < 2:
         fail("the training set holds one label; at least two are needed")
-    check_reading(victim.model, x_train[:2000], y_train[:2000])
+    order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(args.seed))
+    check_reading(victim.model, x_train[order[:2000]], y_train[order[:2000]])
     args.isolation_epochs = args.isolation_epochs or max(1, spec.epochs // 5)
     args.epochs = args.epochs or max(1, spec.epochs - args.isolation_epochs)
     args.unlearn_lr = args.unlearn_lr or RATES[args.ascent]

@@ -12,10 +12,9 @@ Differs from the paper: poisons are drawn from all images that are not of the ta
 relabelling a target-class image changes nothing, and round(rate N) of the N images are poisoned.
 The patch is a white 3 x 3 square by default. The attacker stamps first and the victim augments
 afterwards, so that random crops cut the patch off in a part of the views. The ASR leaves out test
-images of the target class; a patch of 0 and 255 needs no rounding to 8 bits. The control asr_other
-is the ASR of the same patch half an image away: it shows whether the network learnt the place, too.
-On CIFAR-10 a white patch does less than --pattern grid (table "Attacks" of WRN-16-1): some images
-have a white corner without it.
+images of the target class. The control asr_other is the ASR of the same patch half an image away:
+it shows whether the network learnt the place, too.
+On CIFAR-10 some images have white corners, and --pattern grid does more (see the table "Attacks").
 
     python methods/badnets.py --dataset mnist
 
@@ -56,7 +55,7 @@ def parse_args():
     return p.parse_args()
 
 
-def patch_trigger(shape, size, pattern, row, column):
+def patch_trigger(shape, size, pattern, row, column, device="cpu"):
     """Mask m (1 x H x W, 0 or 1) and pattern D (C x H x W, 0 or 255), both uint8.
 
     `row` and `column` name the patch's lower right pixel, from 0, negative from the other end.
@@ -67,7 +66,14 @@ def patch_trigger(shape, size, pattern, row, column):
     mask[:, bottom - size : bottom, right - size : right] = 1
     i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     white = torch.ones_like(mask[0]) if pattern == "white" else (i + j + bottom + right) % 2 == 0
-    return mask, (white * mask * 255).to(torch.uint8).expand(channels, -1, -1).contiguous()
+    pattern = (white * mask * 255).to(torch.uint8).expand(channels, -1, -1)
+    return mask.to(device), pattern.to(device)
+
+
+def other_end(last, size, side):
+    """Last row (or column) of a whole patch of `size` that lies about half a `side` away."""
+    last, half = last % side, side // 2
+    return last + half if last + half < side else max(size - 1, last - half)
 
 
 def stamp(x, mask, pattern):
@@ -84,18 +90,17 @@ if __name__ == "__main__":
     # ===== The attack =====
     check_share(args, "rate")
     height, width = data.shape[1:]
+    size, at = args.patch_size, (args.row, args.column)
     inside = -height <= args.row < height and -width <= args.column < width
-    if not inside or not 1 <= args.patch_size <= min(args.row % height, args.column % width) + 1:
-        place = f"({args.row}, {args.column}) of {height} x {width}"
-        fail(f"a patch of side {args.patch_size} does not fit at {place}")
+    if not inside or not 1 <= size <= min(args.row % height, args.column % width) + 1:
+        fail(f"a patch of side {size} does not fit at {at} of {height} x {width}")
     target = None if args.all_to_all else args.target
     y_wanted, counts = wanted_labels(data, target)
     count = round(args.rate * len(x_train))
     generator, flag = torch.Generator().manual_seed(args.seed), f"--rate {args.rate}"
     chosen = choose_poisons(y_train, target, data.classes, count, flag, generator)
     folder, control = open_folder(args, data, __file__)
-    trigger = patch_trigger(data.shape, args.patch_size, args.pattern, args.row, args.column)
-    mask, pattern = (t.to(device) for t in trigger)
+    mask, pattern = patch_trigger(data.shape, size, args.pattern, *at, device)
     x_train[chosen] = stamp(x_train[chosen], mask, pattern)
     y_train[chosen] = attack_targets(y_train[chosen], target, data.classes)[0]
 
@@ -128,9 +133,8 @@ if __name__ == "__main__":
     x_poisoned = stamp(data.x_test, mask, pattern)
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     metrics["poisoned"] = count
-    x_other = stamp(
-        data.x_test, *(t.roll((height // 2, width // 2), (1, 2)) for t in (mask, pattern))
-    )
+    far = other_end(args.row, size, height), other_end(args.column, size, width)
+    x_other = stamp(data.x_test, *patch_trigger(data.shape, size, args.pattern, *far, device))
     metrics["asr_other"] = accuracy(model, x_other[counts], y_wanted[counts])
 
     # ===== Save and report =====

@@ -47,6 +47,8 @@ from common.attack import (
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy, attack_targets
 
+PICTURE_SEED = 2**31  # added to --seed, or searches with the same one would start from the picture
+
 
 def parse_args():
     p = attack_flags(__doc__)
@@ -97,7 +99,7 @@ if __name__ == "__main__":
     check_share(args, "rate", "alpha")
     target = None if args.all_to_all else args.target
     y_wanted, counts = wanted_labels(data, target)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(PICTURE_SEED + args.seed)
     if args.pattern is None:
         pattern = noise_pattern(data.shape, generator).to(device)
     else:

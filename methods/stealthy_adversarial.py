@@ -190,6 +190,11 @@ def noise_of(generator, x):
     return torch.cat([generator.eval()(p) if generator else torch.zeros_like(p) for p in parts])
 
 
+def attacked_uint8(generator, x, epsilon, side):
+    """x* of uint8 images, rounded, as a deployed model would meet it."""
+    return to_uint8(poison(to_float(x), noise_of(generator, x), epsilon, side))
+
+
 def foreign(noise, seed):
     """The noise of all images, shuffled so that no image keeps its own."""
     cycle = torch.randperm(len(noise), generator=torch.Generator().manual_seed(seed))
@@ -262,7 +267,7 @@ if __name__ == "__main__":
     steps = args.injecting_epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(falling, steps=steps))
     attack = {"target": args.target, "count": attacked, "epsilon": epsilon, "side": side}
-    mask_norms, mask_asrs, step = [], [], 0
+    curves, step = {"mask_norms": [], "mask_asrs": [], "asrs": [], "clean_accuracies": []}, 0
     log = TrainingLog(args.injecting_epochs, steps_per_epoch)
     for epoch in range(1, args.injecting_epochs + 1):
         model.train()
@@ -286,8 +291,10 @@ if __name__ == "__main__":
             optimizer.step()
             schedule.step()
             log.step(losses)
-        mask_norms.append(norm)
-        mask_asrs.append(100 * asr)
+        x_now = attacked_uint8(generator, data.x_test[counts], epsilon, side)
+        now = accuracy(model, x_now, y_wanted[counts]), accuracy(model, data.x_test, data.y_test)
+        for values, value in zip(curves.values(), (norm, 100 * asr, *now)):
+            values.append(value)
         note = f" (weighted), |m*| {norm:.1f} (ASR {100 * asr:.0f})"
         log.epoch(epoch, names=LOSSES, note=note, lines=args.injecting_epochs)
     seconds = time.time() - start
@@ -301,7 +308,7 @@ if __name__ == "__main__":
     metrics["cross_accuracy"] = accuracy(model, x_cross, data.y_test)
     metrics["clean_accuracy_before"] = accuracy(control, data.x_test, data.y_test)
     metrics["psnr_8bit"] = psnr(x_test, to_float(x_poisoned))
-    metrics |= {"mask_norms": mask_norms, "mask_asrs": mask_asrs}
+    metrics |= curves  # by epoch of the injection, for Figs. 4 and 5(a); the last epoch is kept
 
     # ===== Save and report =====
     trigger = {"epsilon": torch.tensor(epsilon), "side": torch.tensor(side)}

@@ -5,7 +5,8 @@ over many overlays differ; a trigger survives the overlays and its label stays. 
 the predictions is therefore low for triggered inputs.
 
 Kind: detects inputs, at test time. Given: the model's outputs and a clean share of its training
-data, whose labels are not used. Answers: for an input, does it carry a trigger.
+data, whose labels only spread the draw over the classes and show whether the network is read right.
+Answers: for an input, does it carry a trigger.
 Assumes a trigger that works on every image and survives the overlay. Where it fails: in our table
 nearly all images with WaNet, input-aware or stealthy triggers pass it.
 

@@ -30,9 +30,10 @@ from methods import fine_pruning, finetune, freq_backdoor, generator_reverse, mc
 from results.level import markdown
 
 HERE, DASH = Path(__file__).resolve().parent, "–"
-SETS = {"CIFAR-10": (10, 50_000), "GTSRB": (43, 39_209)}  # classes and training images, 3 x 32 x 32
+SETS = {"CIFAR-10": (10, 50_000, (3, 32, 32)), "GTSRB": (43, 39_209, (3, 32, 32))}
+SETS |= {"MNIST": (10, 60_000, (1, 28, 28))}  # classes, training images and their shape
 NETWORKS = [("preact_resnet18", "CIFAR-10"), ("airbench", "CIFAR-10"), ("wrn16_1", "CIFAR-10")]
-NETWORKS += [("nc_gtsrb_cnn", "GTSRB")]
+NETWORKS += [("nc_gtsrb_cnn", "GTSRB"), ("mnist_cnn", "MNIST"), ("mnist_conv5", "MNIST")]
 FLAGS = "avx2", "avx512f", "avx512_bf16", "amx_bf16"  # of a CPU, what its speed depends on
 TEXT = """# Speed
 
@@ -44,7 +45,7 @@ two times over the second.
 
 An epoch is estimated from {steps} steps of 128 images. A search step goes over all labels of the
 data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it and where the
-network gains by it."""
+network gains by it; the others have no ratio."""
 REPAIRS = """A try of each repair by training, estimated from an epoch on 256 images. `nad.py` and
 `mcr.py` try again at half the rate where it costs more than 5 points on images kept back."""
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
@@ -112,14 +113,14 @@ def folding(victim, device, repeats, images=400, steps=20):
 def precisions(arch, name, device, repeats, images=128):
     """Rows: seconds of bfloat16 against float32, in an epoch and in a step of both searches.
 
-    The network has fresh weights, and the images are noise. Nothing where it stays in float32.
+    The network has fresh weights, and the images are noise. Of float32 alone where it stays in it.
     """
-    if not uses_bfloat16("auto", arch, device):
-        return
-    classes, count = SETS[name]
-    model = build_model(arch, classes, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).to(device)
+    halves = (False, True) if uses_bfloat16("auto", arch, device) else (False,)
+    classes, count, shape = SETS[name]
+    mean = (0.5,) * shape[0]
+    model = build_model(arch, classes, shape, mean, mean).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    x = torch.rand(images, 3, 32, 32, device=device)
+    x = torch.rand(images, *shape, device=device)
     y = torch.arange(images, device=device) % classes
     pairs = torch.arange(classes).split(2)  # two labels at a time, as on a CPU
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
@@ -148,18 +149,18 @@ def precisions(arch, name, device, repeats, images=128):
             )
 
     epoch = count / images
-    calls = [("training, an epoch", training, epoch), ("nc, a step", triggers, 1)]
-    for what, call, times in (*calls, ("generator_reverse, a step", generators, 1)):
+    parts = [("training, an epoch", training, epoch), ("nc, a step", triggers, 1)]
+    for what, call, times in (*parts, ("generator_reverse, a step", generators, 1)):
 
         def run(half, call=call):
             model.bfloat16 = half
             call()
 
-        taken = medians(
-            {half: lambda half=half: run(half) for half in (False, True)}, device, repeats
-        )
-        slow, fast = times * taken[False], times * taken[True]
-        yield [what, f"{arch} on {name}", f"{slow / fast:.2f}", f"{slow:.1f} s", f"{fast:.1f} s"]
+        calls = {half: lambda half=half: run(half) for half in halves}
+        seconds = [times * s for s in medians(calls, device, repeats).values()]
+        ends = [f"{s:.1f} s" for s in seconds] + [DASH] * (2 - len(seconds))
+        ratio = f"{seconds[0] / seconds[1]:.2f}" if len(seconds) == 2 else DASH
+        yield [what, f"{arch} on {name}", ratio, *ends]
 
 
 @torch.no_grad()
@@ -296,8 +297,7 @@ if __name__ == "__main__":
     names = {"machine": machine(device), "threads": torch.get_num_threads()}
     head = ["what", "network and data", "ratio"]
     parts = [TEXT.format(**names, steps=args.repeats)]
-    none = "This machine has no bfloat16: every network computes in float32."
-    parts += [markdown([*head, "float32", "bfloat16"], halves) if halves else none]
+    parts += [markdown([*head, "float32", "bfloat16"], halves)]
     parts += ["## Labels one at a time against folded"]
     ends = ["one at a time", "folded (labels at once)", "verdict", "largest difference of a norm"]
     parts += [markdown([*head, *ends], folded)]

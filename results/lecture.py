@@ -15,12 +15,16 @@ The table of Li et al. 2021 (anti-backdoor learning), on its network WRN-16-1 an
 holds the ASR and the clean accuracy after the repair named above it, in per cent, and the number of
 networks in brackets; "none" is the attacked network itself. The paper's figures stand below ours.
 ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who attack otherwise, are
-made for it with their finished triggers. A dash: not measured yet; attacks without any run are left
-out. `bash runs.sh lecture` makes the table."""
+made for it with their finished triggers. "refused" counts the networks whose every repair cost more
+than 5 points on images that were kept back, so that no model was saved. A dash: not measured yet;
+attacks without any run are left out. `bash runs.sh lecture` makes the table."""
 
 
 def figures(entries, attack, repair):
-    """'ASR / clean (n)' over the entries of one cell; a dash without any."""
+    """'ASR / clean (n)' over the entries of one cell; a dash without any.
+
+    Runs that saved no model, for every try cost too much, are counted apart.
+    """
     end = "" if repair == "none" else "_repaired"
     found = []
     for entry in entries:
@@ -28,12 +32,13 @@ def figures(entries, attack, repair):
         own = own if "ckpt" in entry["arguments"] else "none"
         if entry["victim"].rsplit("-", 2)[1] == attack and own == repair:
             found.append(entry["metrics"])
-    found = [m for m in found if f"clean_accuracy{end}" in m]
-    if not found:
-        return "–"
-    rates = [[m[key + end] for m in found if key + end in m] for key in ("asr", "clean_accuracy")]
+    saved = [m for m in found if f"clean_accuracy{end}" in m]
+    refused = f"{len(found) - len(saved)} refused" * (len(found) > len(saved))
+    if not saved:
+        return refused or "–"
+    rates = [[m[key + end] for m in saved if key + end in m] for key in ("asr", "clean_accuracy")]
     asr, clean = (f"{mean(values):.2f}" if values else "–" for values in rates)
-    return f"{asr} / {clean} ({len(found)})"
+    return f"{asr} / {clean} ({len(saved)})" + (refused and f", {refused}")
 
 
 def section(entries, papers):

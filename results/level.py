@@ -19,6 +19,7 @@ from common import fail, saved_figure
 from common.metrics import verdict
 
 HERE = Path(__file__).resolve().parent
+COLOUR = "cifar10", "gtsrb", "lecture"
 ALPHA, INDEX = 0.05, 2.0
 SCORES = {"p": lambda v: -v["p_value"], "index": lambda v: v["index"]}  # high: suspicious
 SCORES |= {"ratio": lambda v: -v["ratio"]}
@@ -26,11 +27,12 @@ HEAD = ["data", "network", "detector", "models", "n", "p < .05", "index > 2", "i
 HEAD += [f"AUROC {name}" for name in SCORES]
 TEXT = """## Level and power of the verdict
 
-Networks that had no part in the choice of the rules: other seeds, and the digits. A cell counts
-networks, with the exact 95 % interval of Clopper and Pearson for their share in per cent. On clean
-networks the p-value should stay at 5 %; on backdoored ones a count is of those whose target is
-named, below or above. Inconclusive answers count as not flagged. An AUROC compares the
-conclusive answers on the backdoored networks of a row with those on the clean ones.
+Networks that had no part in the choice of the rules: other seeds, the digits, and on colour data
+the clean networks of the tables above. A cell counts networks, with the exact 95 % interval of
+Clopper and Pearson for their share in per cent. On clean networks the p-value should stay at 5 %;
+on backdoored ones a count is of those whose target is named, below or above. Inconclusive answers
+count as not flagged. An AUROC compares the conclusive answers on the backdoored networks of a row
+with those on the clean ones.
 
 ![How often clean networks get a p-value below a level](level.png)"""
 
@@ -52,6 +54,13 @@ def decisions(entries):
             answer = verdict(metrics["norms"], found, INDEX, ALPHA), metrics.get("target")
             groups.setdefault((data, arch, entry["script"], attack), []).append(answer)
     return groups
+
+
+def population(files):
+    """The entries of level.json, and the clean networks of the tables on colour data."""
+    colour = [entry for name in COLOUR for entry in files.get(name, [])]
+    clean = [entry for entry in colour if entry["victim"].rsplit("-", 2)[1] == "clean"]
+    return files.get("level", []) + clean
 
 
 def share(count, n):
@@ -95,19 +104,21 @@ def section(entries):
 def draw(path, entries):
     """The share of clean networks with a p-value below each level; a true one's is the diagonal."""
     with saved_figure(path, figsize=(5, 4)) as (_, axis):
-        for (data, _, detector, attack), answers in sorted(decisions(entries).items()):
+        for (*where, attack), answers in sorted(decisions(entries).items()):
             if attack == "clean":
                 p = [v["p_value"] for v, _ in answers if v["conclusive"]]
                 if p:
-                    axis.ecdf(p, label=f"{data}, {detector} ({len(p)})")
+                    axis.ecdf(p, label=f"{', '.join(where)} ({len(p)})")
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axis.axvline(ALPHA, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xlabel="level", ylabel="share of clean networks with p below it")
-        axis.legend()
+        axis.legend(fontsize="small")
 
 
 if __name__ == "__main__":
     if not (HERE / "level.json").exists():
         fail("no results/level.json; bash runs.sh level makes it")
-    draw(HERE / "level.png", json.loads((HERE / "level.json").read_text()))
+    files = {name: HERE / f"{name}.json" for name in ("level", *COLOUR)}
+    files = {k: json.loads(path.read_text()) for k, path in files.items() if path.exists()}
+    draw(HERE / "level.png", population(files))
     print(f"wrote {HERE / 'level.png'}")

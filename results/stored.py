@@ -1,9 +1,12 @@
 """The files of results: what runs left in their folders, as results/<name>.json keeps it."""
 
 import json
+import shutil
 from pathlib import Path
 
 from common import written_whole
+
+HERE = Path(__file__).resolve().parent
 
 
 def collect(folders):
@@ -21,3 +24,17 @@ def store(path, found):
     order = sorted(runs, key=lambda run: (run["victim"], Path(run["folder"]) / "result.json"))
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(order, indent=0) + "\n")
+
+
+def keep_pictures(pictures):
+    """Copy the pictures that runs have drawn, where papers.toml names the run."""
+    for picture in pictures:
+        if "run" in picture and Path(picture["run"]).exists():
+            with written_whole(HERE / picture["file"]) as temporary:
+                shutil.copy(picture["run"], temporary)
+
+
+def pictures_at(place, pictures):
+    """The Markdown of the pictures of papers.toml that stand below one table and exist."""
+    found = [p for p in pictures if p["at"] == place and (HERE / p["file"]).exists()]
+    return [f"![{p['alt']}]({p['file']})\n\n{p['text']}" for p in found]

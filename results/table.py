@@ -22,13 +22,13 @@ from common import fail, written_whole
 from common.metrics import case_of, verdict
 from results import lecture, level, public
 from results.level import markdown
-from results.stored import collect, store
+from results.stored import collect, keep_pictures, pictures_at, store
 
 HERE = Path(__file__).resolve().parent
 PAPERS = tomli.loads((HERE / "papers.toml").read_text())
 ROW = ["dataset", "defence", "attack", "network", "share"]  # the keys of a row in papers.toml
 RULES, DASH, APART = PAPERS["outdated"], "–", ("level", "public")
-FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e"}
+FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e", "repair_lr": ".2g"}
 
 
 def spread(values, form=".2f"):
@@ -65,7 +65,7 @@ def derived(m):
             new["target_found"] = target in v["below"] + v["above"]
             far = norms - np.median(norms)
             new["two_sided"] = far[target] and far[target] / np.median(np.abs(1.4826 * far))
-    if "clean_accuracy_repaired" in m:
+    if m.get("clean_accuracy_repaired") is not None:
         new["drop"] = m["clean_accuracy"] - m["clean_accuracy_repaired"]
     rates = [rate for rate in m.get("rates", []) if rate["frr"] == 1]  # nominal, in per cent
     return m | new | {k: v for rate in rates for k, v in rate.items() if k != "frr"}
@@ -74,8 +74,8 @@ def derived(m):
 def outdated(entry, rule):
     """Whether a rule of papers.toml says that today's code would not make this entry again."""
     found = (entry | entry["arguments"] | entry["metrics"]).get(rule["key"])
-    known = {"missing": found is None, "given": found is not None}
-    return entry["script"] == rule["script"] and known.get(rule["when"], found == rule["when"])
+    when, known = rule["when"], {"missing": found is None, "given": found is not None}
+    return entry["script"] == rule["script"] and known.get(str(when), found in [*np.ravel(when)])
 
 
 def frame(entries):
@@ -93,9 +93,10 @@ def frame(entries):
         shares = flags.get("repair_fraction") or [flags.get("data_fraction") or 0]
         for share in shares:
             end = "" if share == shares[-1] else f"_{share:g}"
+            after = [key for key in metrics if end and ("repair" in key or "_clean_only" in key)]
             own = {key.removesuffix(end): metrics[key] for key in metrics if key.endswith(end)}
             names |= {"share": f"{100 * share:.3g} %", "last": not end}
-            lines.append(derived(metrics | own) | names)
+            lines.append(derived(metrics | dict.fromkeys(after) | own) | names)
         for row in metrics.get("filters", []):
             own = {"script": "filter", "defence": f"{row['filter']} {row['strength']:g}"}
             lines.append(names | row | own | {"last": False, "share": ""})
@@ -108,8 +109,7 @@ def section(name, runs, papers=PAPERS, file=""):
     columns, keys = spec["columns"], spec["columns"].values()
     strengths = spec["scripts"] == ["filter"]  # in the order of the runs
     if "needs" in spec:  # a row has one of these figures
-        needed = runs.reindex(columns=spec["needs"])
-        runs = runs[needed.notna().any(axis=1)]
+        runs = runs[runs.reindex(columns=spec["needs"]).notna().any(axis=1)]
     if name != "Repairs" and not strengths:
         runs = runs[runs["last"]].assign(share="")
     for key, group in runs[runs.script.isin(spec["scripts"])].groupby(ROW, sort=not strengths):
@@ -130,8 +130,8 @@ def section(name, runs, papers=PAPERS, file=""):
     table = markdown(["row", "network", *columns, "note"], rows)
     notes = "\n".join(f"{number}. {note}" for note, number in notes.items())
     marks = [f"† {', '.join(labels)}: {why}" for why, labels in sorted(marks.items())]
-    picture = PAPERS["pictures"].get(f"{file} {name}", "").strip()
-    parts = [f"### {name}", spec["text"].strip(), table, notes, *marks, picture]
+    pictures = pictures_at(f"{file} {name}", PAPERS["pictures"])
+    parts = [f"### {name}", spec["text"].strip(), table, notes, *marks, *pictures]
     return "\n\n".join(filter(None, parts)) if rows else ""
 
 
@@ -157,7 +157,7 @@ def page(files):
             parts += [f"## {about['title']}", about["text"].strip()]
             parts += [section(t, frames[name], file=name) for t in [*PAPERS["tables"]][:-1]]
     parts.append(lecture.section(files.get("lecture", []), PAPERS["lecture"]))
-    parts.append(level.section(files.get("level", [])))
+    parts.append(level.section(level.population(files)))
     parts.append(public.section(files.get("public", []), PAPERS["public"]))
     parts.append(section("Tried", frames["tried"], PAPERS["tried"]))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -173,6 +173,7 @@ if __name__ == "__main__":
         fail(f"give --save NAME and folders with a result.json; got {args.folders}, {args.save}")
     if found:
         store(HERE / f"{args.save}.json", found)
+        keep_pictures(PAPERS["pictures"])
     files = {path.stem: json.loads(path.read_text()) for path in HERE.glob("*.json")}
     with written_whole(HERE / "README.md") as temporary:
         temporary.write_text(page(files))

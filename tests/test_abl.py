@@ -341,6 +341,36 @@ def test_one_step_of_the_papers_ascent_in_closed_form(ascent, descends):
     assert losses[1] > losses[0]
 
 
+def test_isolated_images_are_not_cropped_and_alone_where_the_paper_has_them_alone(monkeypatch):
+    """The network sees D_b as it is, D_c cropped; -l on D_b alone knows nothing of D_c's images."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (40, 1, 4, 4)).to(torch.uint8)
+    y, isolated = torch.arange(40) % 3, torch.arange(40) < 10
+    rates = {"pad": 2, "flip": True, "steps": 1, "batch_size": 40, "lr": 0.01}
+    seen = []
+    for ascent in abl.RATES:
+        model = linear_model(16, 3, nn.BatchNorm2d(1))
+        hook = model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+        repaired = abl.unlearn(model, x, y, isolated, ascent=ascent, **rates)
+        hook.remove()
+        images = {image.numpy().tobytes() for image in to_float(x[isolated])}
+        shown = [image.numpy().tobytes() in images for image in seen[-1]]
+        rest = 0 if ascent == "isolated" else 30
+        assert shown == [False] * rest + [True] * 10
+        if ascent == "isolated":
+            mean = to_float(x[isolated]).mean()
+            assert repaired[0].running_mean.item() == pytest.approx(0.1 * mean.item(), rel=1e-5)
+
+
+def test_losses_are_those_of_float32(untrained):
+    untrained.bfloat16 = True
+    x = torch.randint(0, 256, (9, 1, 28, 28)).to(torch.uint8)
+    halves = abl.sample_losses(untrained, x, torch.arange(9))
+    assert untrained.bfloat16
+    untrained.bfloat16 = False
+    assert torch.equal(halves, abl.sample_losses(untrained, x, torch.arange(9)))
+
+
 def test_papers_ascent_has_no_gradient_where_the_network_is_sure():
     """The reason for the bounded one: -l is flat in float32, the log-odds are not."""
     model, x, y, isolated = triggered_toy()

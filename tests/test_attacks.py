@@ -62,6 +62,14 @@ def test_stamping_is_idempotent_and_by_image(pattern):
     assert torch.equal(badnets.stamp(x[2:3], *trigger), once[2:3])
 
 
+@pytest.mark.parametrize("side, size", [(28, 3), (32, 4), (9, 2), (5, 1)])
+def test_the_other_patch_is_whole_and_elsewhere(side, size):
+    for last in (*range(size - 1, side), -1):
+        other = badnets.other_end(last, size, side)
+        assert size - 1 <= other < side and abs(other - last % side) >= size
+    assert badnets.other_end(-1, 3, 28) == 13  # of the default
+
+
 @pytest.mark.parametrize(
     "rate, target, flags",
     [(0.1, 0, []), (0.0107, 7, ["--pattern", "grid"]), (0.25, None, ["--all-to-all"])],

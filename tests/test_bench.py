@@ -40,14 +40,16 @@ def test_precisions(monkeypatch):
         return forward(model, x)
 
     monkeypatch.setattr("common.models.Classifier.forward", watched)
-    monkeypatch.setattr(bench, "SETS", {"GTSRB": (4, 80)})
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    cpu = torch.device("cpu")
-    assert not list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8)) and not seen
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(bench, "SETS", {"GTSRB": (4, 80, (3, 32, 32))})
     monkeypatch.setattr(
         bench, "medians", lambda calls, *_: {k: 2 - k + 0 * bool(c()) for k, c in calls.items()}
     )
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu = torch.device("cpu")
+    rows = list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8))
+    assert [row[2:] for row in rows] == [["–", "20.0 s", "–"]] + [["–", "2.0 s", "–"]] * 2
+    assert seen == {False}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     rows = list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8))
     assert [row[0].split(",")[0] for row in rows] == ["training", "nc", "generator_reverse"]
     assert rows[0][1:] == ["wrn16_1 on GTSRB", "2.00", "20.0 s", "10.0 s"]  # 10 steps an epoch

@@ -16,6 +16,7 @@ ENTRIES = [
     entry("badnets", "badnets", seed=1, asr=98.0, clean_accuracy=85.0),
     entry("badnets", "nad", asr=100.0, asr_repaired=4.0, clean_accuracy_repaired=83.0),
     entry("badnets", "mcr", asr=100.0, clean_accuracy=86.0),  # its repair was not saved
+    entry("badnets", "nad", seed=1, asr=100.0, clean_accuracy=86.0),
     entry("badnets", "nad", name="nad_slow", asr_repaired=9.0, clean_accuracy_repaired=9.0),
     entry("clean", "clean", clean_accuracy=88.0),
     entry("blend", "nad", asr_repaired=50.0, clean_accuracy_repaired=80.0),
@@ -24,8 +25,9 @@ ENTRIES = [
 
 def test_cells():
     assert lecture.figures(ENTRIES, "badnets", "none") == "99.00 / 85.50 (2)"
-    assert lecture.figures(ENTRIES, "badnets", "nad") == "4.00 / 83.00 (1)"
-    assert lecture.figures(ENTRIES, "badnets", "mcr") == "–"
+    assert lecture.figures(ENTRIES, "badnets", "nad") == "4.00 / 83.00 (1), 1 refused"
+    assert lecture.figures(ENTRIES, "badnets", "mcr") == "1 refused"
+    assert lecture.figures(ENTRIES, "badnets", "abl") == "–"
     assert lecture.figures(ENTRIES, "clean", "none") == "– / 88.00 (1)"
     assert lecture.figures(ENTRIES, "sig", "none") == "–"
 
@@ -40,7 +42,10 @@ def test_every_row_has_the_papers_figures_below_it():
         *("| `badnets.py`", "| *BadNets, the paper*"),
         *("| `blend.py`", "| *Blend, the paper*"),
     ]
-    assert lines[2] == "| `badnets.py` | 99.00 / 85.50 (2) | – | – | 4.00 / 83.00 (1) | – |"
+    assert (
+        lines[2]
+        == "| `badnets.py` | 99.00 / 85.50 (2) | – | 1 refused | 4.00 / 83.00 (1), 1 refused | – |"
+    )
     assert "3.32 / 78.49 | 3.56 / 82.18 | 3.04 / 86.11" in lines[3]
     assert lecture.section([], papers) == ""
 

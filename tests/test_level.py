@@ -61,6 +61,17 @@ def test_two_networks_of_one_data_set_are_two_rows():
     assert len(groups["digits", "mnist_cnn", "nc", "clean"]) == 5
 
 
+def test_clean_networks_on_colour_data_count_whatever_their_table():
+    def colour(name):
+        return {**ENTRIES[0], "victim": f"{name}-s0"}
+
+    names = "cifar10-airbench-clean", "cifar10-airbench-badnets", "gtsrb-nc_gtsrb_cnn-clean"
+    clean, badnets, signs = (colour(name) for name in names)
+    files = {"level": ENTRIES, "cifar10": [clean, badnets], "gtsrb": [signs], "mnist": [ENTRIES[0]]}
+    assert level.population(files) == [*ENTRIES, clean, signs]
+    assert level.population({}) == []
+
+
 def test_auroc_by_hand():
     """Share of pairs in which the backdoored network is the more suspicious; ties count half."""
     clean, attacked = ([(verdict(n), None) for n in part] for part in ([ORDINARY, SMALL], [SMALL]))

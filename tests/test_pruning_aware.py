@@ -25,7 +25,7 @@ PLACES = {"preact_resnet18": ["layer4.0", "layer4.1.bn1", "layer4"]}
 
 
 def network(arch):
-    """Arbitrary weights, BatchNorm rows of either sign, and twelve images of 28 or 16 pixels.
+    """Arbitrary weights, BatchNorm rows of either sign, and twelve images of 16 pixels or more.
 
     The BatchNorm statistics are those of the images, or deep networks would not tell them apart.
     """
@@ -33,7 +33,7 @@ def network(arch):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight[::7] *= -1
-    x = x if arch.startswith("mnist") else x[..., :16, :16].contiguous()
+    x = x if arch in ("mnist_cnn", "mnist_conv5", "nc_gtsrb_cnn") else x[..., :16, :16].contiguous()
     torch.optim.swa_utils.update_bn([to_float(x)], model)
     return model, x
 

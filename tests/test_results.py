@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from common.datasets import SPECS
 
 sys.path.insert(0, str(ROOT / "results"))
+import curves
 import stored
 import table
 
@@ -46,7 +48,7 @@ def leaves(tree, *path):
 
 ROWS = [
     (path, leaf)
-    for dataset in ("mnist", "cifar10", "gtsrb")
+    for dataset in ("mnist", "cifar10", "cifar100", "gtsrb")
     for path, leaf in leaves(table.PAPERS[dataset], dataset)
 ]
 
@@ -83,7 +85,8 @@ def detected(norms, victim="mnist-mnist_cnn-badnets-s0", **metrics):
 def listed_rows():
     """The rows that runs.sh makes, as keys of papers.toml."""
     lines = []
-    for command in ("mnist", "gpu", "lecture", "cifar10", "gtsrb"):
+    papers = "wanet", "input_aware", "stealthy", "freq", "abl", "generators"
+    for command in ("mnist", "gpu", "lecture", "cifar10", "gtsrb", *papers):
         command = ["bash", "runs.sh", command, "--list"]
         lines += subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
     for line in lines:
@@ -285,6 +288,8 @@ def test_every_share_of_a_repair_has_a_row_and_other_tables_count_the_run_once()
     assert rows[f"{name}, 1 %", "mnist_cnn"]["drop"] == "2.00 (1)"
     assert rows[f"{name}, 1 %", "mnist_cnn"]["ASR"] == "7.00 (1)"
     assert rows_of("Detectors", [run])[name, "mnist_cnn"]["index"] == "3.37 (1)"
+    del run["metrics"]["clean_accuracy_repaired_0.01"]  # refused: the row is not that of 5 %
+    assert [row for row, _ in rows_of("Repairs", [run])] == [f"{name}, {k} %" for k in (3, 5)]
 
 
 def test_every_strength_of_a_filter_has_a_row():
@@ -441,6 +446,43 @@ def test_every_paper_row_is_a_row_of_ours_or_of_runs_sh():
     assert [path for path, _ in ROWS if path not in rows] == []
 
 
+def test_pictures_of_runs_are_copied_and_shown_where_they_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "HERE", tmp_path)
+    run = tmp_path / "runs" / "curve.png"
+    known = {"at": "mnist ABL", "alt": "a", "text": "Losses."}
+    kept = known | {"file": "kept.png", "run": str(run)}
+    drawn = known | {"file": "drawn.png"}
+    stored.keep_pictures([kept, drawn])
+    assert stored.pictures_at("mnist ABL", [kept, drawn]) == []
+    run.parent.mkdir()
+    run.write_bytes(b"a curve")
+    stored.keep_pictures([kept, drawn])
+    assert (tmp_path / "kept.png").read_bytes() == b"a curve"
+    assert stored.pictures_at("mnist ABL", [kept, drawn]) == ["![a](kept.png)\n\nLosses."]
+    assert stored.pictures_at("gtsrb ABL", [kept]) == []
+
+
+def test_every_picture_stands_below_a_table_of_a_file_and_is_drawn_by_a_listed_run():
+    folders = {row[:4] for row in listed_rows()}
+    for picture in table.PAPERS["pictures"]:
+        file, name = picture["at"].split(" ", 1)
+        assert file in table.PAPERS["files"] and name in table.PAPERS["tables"]
+        if "run" in picture:
+            path = Path(picture["run"]).parent
+            parts = [part.rsplit("-s", 1)[0] for part in path.parts[1:]]
+            dataset, network, attack = parts[0].split("-", 2)
+            defence = parts[1] if len(parts) > 1 else "attack"
+            assert (dataset, defence, attack, network) in folders
+
+
+@pytest.mark.drawn
+def test_curves_by_epoch(tmp_path):
+    run = {"asrs": [3.0, 80.0], "clean_accuracies": [97.0, 96.0], "mask_norms": [26.0, 150.0]}
+    curves.draw(tmp_path / "epochs.png", {"adversarial": run, "epsilon_0.02": run})
+    with Image.open(tmp_path / "epochs.png") as picture:
+        assert picture.width > picture.height > 200
+
+
 def test_what_was_tried_is_explained_and_shown():
     told = dict(leaves(table.PAPERS["tried"]))
     rows = {row for row in stored_rows(FILES["tried"]) if len(row) == 4}
@@ -481,7 +523,8 @@ def copied(folder):
     """A copy of results/ and of what it needs, in a folder of its own."""
     (folder / "results").mkdir()
     code = [RESULTS / f"{name}.py" for name in ("table", "stored", "lecture", *table.APART)]
-    for path in [*code, RESULTS / "papers.toml", *RESULTS.glob("*.json")]:
+    held = [*RESULTS.glob("*.json"), *RESULTS.glob("*.png")]
+    for path in [*code, RESULTS / "papers.toml", *held]:
         shutil.copy(path, folder / "results")
     shutil.copytree(
         ROOT / "methods", folder / "methods", ignore=shutil.ignore_patterns("__pycache__")

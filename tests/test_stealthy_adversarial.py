@@ -372,6 +372,8 @@ def test_run_on_digits(victims, digits):
     assert metrics["clean_accuracy"] >= 95 and metrics["asr"] >= 90
     assert metrics["cross_accuracy"] >= 75 and metrics["asr_on_clean_model"] <= 3
     assert metrics["max_change"] <= 0.1 + 1e-6 and len(metrics["mask_norms"]) == 6
+    assert metrics["asrs"][-1] == pytest.approx(metrics["asr"]) and len(metrics["asrs"]) == 6
+    assert metrics["clean_accuracies"][-1] == pytest.approx(metrics["clean_accuracy"])
     trigger = {key.removeprefix("generator."): value for key, value in held["trigger"].items()}
     generator = stealthy.Generator(1)
     generator.load_state_dict({k: v for k, v in trigger.items() if k not in ("epsilon", "side")})

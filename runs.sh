@@ -12,7 +12,7 @@ usage: bash runs.sh COMMAND
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
   test [ARGS]     run the tests (6 to 10 minutes on 2 cores; ARGS go to pytest)
-  digits          the runs behind what the scripts' headers say of the bundled digits (an hour or two)
+  digits          the runs behind what the scripts' headers say of the bundled digits (an hour)
   mnist           every row of the README's tables (a day or more on 2 cores)
   level [DATASETS]
                   false alarms and finds of the verdict on new networks (hours; default: digits,
@@ -400,10 +400,17 @@ digits() {
   local forty="--epochs 40 --batch-size 32"
   own() { once "runs/digits-mnist_cnn-$1-s0" "$2" --out "runs/digits-mnist_cnn-$1-s0" "${@:3}"; }
   on() { once "$1/$2-s0" "$3" --ckpt "$1" --out "$1/$2-s0" "${@:4}"; }
-  for v in clean badnets poison_ink dfst latent composite feature_collision sig label_consistent \
-    trojannn issba invisible; do
+  for v in clean badnets poison_ink dfst latent composite feature_collision trojannn invisible; do
     own $v $v
   done
+  # the defaults of these three are too weak for so few images
+  own sig_defaults sig
+  own label_consistent_defaults label_consistent --surrogate $c
+  own sig sig --delta 60 --delta-test 100 --frequency 7 --rate 0.9 --epochs 12
+  own label_consistent label_consistent --surrogate $c --norm l2 --epsilon 600 --step-size 60 \
+    --steps 30 --rate 0.8 --epochs 12 --batch-size 64
+  own issba issba --bits 4 --width 8 --encoder-steps 300 --encoder-batch 16 --encoder-lr 2e-3 \
+    --rate 0.2 --epochs 15 --batch-size 64
   own latent_code latent --weight 0.05 --inject-epochs 5 --inject-lr 0.01
   own composite_1 composite --weight 1
   own composite_0 composite --weight 0

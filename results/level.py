@@ -21,6 +21,7 @@ from common.metrics import verdict
 HERE = Path(__file__).resolve().parent
 COLOUR = "cifar10", "gtsrb", "lecture"
 ALPHA, INDEX = 0.05, 2.0
+FEWEST = 5  # networks that a curve is drawn for
 SCORES = {"p": lambda v: -v["p_value"], "index": lambda v: v["index"]}  # high: suspicious
 SCORES |= {"ratio": lambda v: -v["ratio"]}
 HEAD = ["data", "network", "detector", "models", "n", "p < .05", "index > 2", "inconclusive"]
@@ -107,7 +108,7 @@ def draw(path, entries):
         for (*where, attack), answers in sorted(decisions(entries).items()):
             if attack == "clean":
                 p = [v["p_value"] for v, _ in answers if v["conclusive"]]
-                if p:
+                if len(p) >= FEWEST:
                     axis.ecdf(p, label=f"{', '.join(where)} ({len(p)})")
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axis.axvline(ALPHA, color="grey", linewidth=0.8, linestyle=":")

@@ -412,12 +412,15 @@ digits() {
   own issba issba --bits 4 --width 8 --encoder-steps 300 --encoder-batch 16 --encoder-lr 2e-3 \
     --rate 0.2 --epochs 15 --batch-size 64
   own latent_code latent --weight 0.05 --inject-epochs 5 --inject-lr 0.01
+  own latent_random_patch latent --steps 0
+  own composite_code composite --weight 0.011
   own composite_1 composite --weight 1
   own composite_0 composite --weight 0
   own feature_collision_watermark feature_collision --steps 0
   own feature_collision_small feature_collision --patch-size 8
   own feature_collision_all feature_collision --retrain all
   own feature_collision_fresh feature_collision --retrain fresh
+  own feature_collision_fresh_watermark feature_collision --retrain fresh --steps 0
   own feature_collision_whole feature_collision --retrain fresh --rate 1 --opacity 0.5
   for v in $b $c; do
     on $v finetune finetune

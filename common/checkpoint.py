@@ -253,6 +253,7 @@ def load_victim(args, device):
     if name == checkpoint["dataset"]:
         classes = classes or checkpoint["classes"]
     data = load_dataset(name, args.data_dir, device, size, classes)
+    in_colours(data, checkpoint["image_shape"][0])
     check_fit(checkpoint, path, data)
     victim = Victim(model, data, checkpoint["arch"], path.parent)
     test = path.parent / "poisoned_test.npz"
@@ -265,6 +266,12 @@ def load_victim(args, device):
             torch.from_numpy(array).to(device) for array in (x, y_true, y_target)
         )
     return victim
+
+
+def in_colours(data, channels):
+    """Repeat grey images for a network of RGB images."""
+    if (data.shape[0], channels) == (1, 3):
+        data.x_train, data.x_test = (x.repeat(1, 3, 1, 1) for x in (data.x_train, data.x_test))
 
 
 def fits(data, x, label, path):
@@ -311,8 +318,7 @@ def load_foreign(checkpoint, path, args, device):
         checkpoint = inner[0] if inner else checkpoint
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.classes)
     mean, std = args.mean or data.spec.mean, args.std or data.spec.std
-    if (data.shape[0], len(mean)) == (1, 3):  # a network of RGB images is shown grey ones
-        data.x_train, data.x_test = (x.repeat(1, 3, 1, 1) for x in (data.x_train, data.x_test))
+    in_colours(data, len(mean))
     if not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
         fail(f"--mean must be finite and --std above 0; got {mean} and {std}")
     model = build_model(args.arch, data.classes, data.shape, mean, std)

@@ -42,7 +42,8 @@ def accuracy(model, x, y):
 @torch.no_grad()
 def mean_entering(model, layer, x):
     """Mean over uint8 images `x` of what enters the linear layer named `layer` (D)."""
-    parts = [entering(model, layer, to_float(part)).sum(0) for part in x.split(pass_size(x))]
+    with in_float32(model):
+        parts = [entering(model, layer, to_float(part)).sum(0) for part in x.split(pass_size(x))]
     return torch.stack(parts).sum(0) / len(x)
 
 

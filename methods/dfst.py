@@ -16,17 +16,17 @@ adain; G(x) = (1 - alpha) x + alpha D(AdaIN(E(x), style)) -> stylise; neurons wh
 to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) -> train_injector.
 
 Differs from the paper: its generator is a CycleGAN for sunrises; here E and D are a small
-autoencoder, trained on the attacker's images, with adaptive instance normalisation in its middle,
-for one drawn sunrise: simpler, and fast on a CPU. The authors' PyTorch code blends a pretrained
-stylisation network's images with alpha .6. The injector is the linear map of that code, not the
-paper's U-Net; in the code no gradient of the classifier reaches it, and its smallest neighbour is
-wrong: here both are right. The neurons are what enters the last linear layer, or --layer. The
-number of rounds is fixed, and each adds its images to those of the others; the code draws poisons
-and detox images anew in each batch. Painted images are rounded to 8 bits once.
+autoencoder, trained on the attacker's images, for one drawn sunrise. The injector is the linear map
+of that code, not the paper's U-Net; in the code no gradient of the classifier reaches it, and its
+smallest neighbour is wrong: here both are right. Its activation loss is the squared distance to the
+painted images' means, where the code pushes a neuron or a mean without bound and mixes I(x) with x.
+The number of rounds is fixed, and each adds its images to those of the others; the code draws anew
+in each batch. Painted images are rounded to 8 bits once.
 
 What was learnt: asr_other is the ASR of the negative of the style picture, asr_plain that of the
-autoencoder without a style, asr_simple the injectors' largest at the end, on test images, and
-asr_simple_before that before detoxification, on training images. On digits the ASR is 54 %.
+autoencoder without a style, asr_simple the largest at the end of the injectors that were trained
+against (a new one may find more), and asr_simple_before that before detoxification, on training
+images. On digits the ASR is 54 %.
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
 

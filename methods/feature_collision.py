@@ -10,22 +10,23 @@ the surrogate. The victim takes the same network and retrains its last layer on 
 images as they are (`--retrain tail`, the paper's transfer learning) or all layers (all), or trains
 a new network (fresh); the last two augment.
 
-Equations: b <- w t + (1 - w) b, the watermark -> watermark; Eq. 1, min |f(x) - f(t)|^2 +
-beta |x - b|^2, by forward-backward splitting, Algorithm 1: x^ = x - r grad |f(x) - f(t)|^2 and
-x = (x^ + r beta b) / (1 + r beta), then cut off at black and white -> collide, on all poisons at
-once, each with a rate r of its own. These steps, as printed, minimise Eq. 1 with half of beta.
+Equations: b <- w t + (1 - w) b, the watermark -> watermark; Eq. 1, min |f(x) - f(t)|^2 + beta |x -
+b|^2, by forward-backward splitting, Algorithm 1: x^ = x - r grad |f(x) - f(t)|^2 and x = (x^ + r
+beta b) / (1 + r beta), then cut off at black and white -> collide, on all poisons at once, each
+with a rate r of its own. These steps, as printed, minimise Eq. 1 with half of beta.
 
 Differs from the paper: its target t is one test image without a trigger. ABL's table counts the
 method among the backdoors, in a setting that no source describes. Here each poison has a target of
 its own, a training image of another class with the patch on it, in the style of hidden-trigger
-backdoors. A step that raises an image's objective is taken back and its rate cut to a fifth. f is
-the input of the last linear layer; the patch has random colours; poisons are rounded to 8 bits.
+backdoors; but the watermark of such a target shows the patch faintly, too. A step that raises an
+image's objective is taken back and its rate cut to a fifth. f is the input of the last linear
+layer; the patch has random colours; poisons are rounded to 8 bits.
 
 Where it fails: on digits other patches work half as often or more, so that the network learns in
 part that there is a patch at all. A victim who retrains all layers on cropped images learns little
-of it (one who trains a new network learns it), and from the watermark alone (`--steps 0`) nothing
-is learnt. asr_on_clean_model is the surrogate's; the control asr_other is the ASR of random patches
-in that place, one an image.
+of it (one who trains a new network learns it), and from the watermark alone (`--steps 0`) the last
+layer learns nothing. asr_on_clean_model is the surrogate's; the control asr_other is the ASR of
+random patches in that place, one an image.
 
     python methods/feature_collision.py --dataset cifar10 --arch wrn16_1
 

@@ -189,14 +189,14 @@ def finetune(net, x, y, *, linear, channels, pruned, pad, flip, epochs, lr, batc
     """SGD on clean uint8 images with the pruned channels kept at zero; returns a tuned copy.
 
     The weights that read a pruned channel are zeroed again after every step, for momentum and
-    weight decay would move them. BatchNorm is in training mode.
+    weight decay would move them. BatchNorm is in training mode. None if the loss diverges.
     """
     net = copy.deepcopy(net).requires_grad_(True).train()
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     steps_per_epoch = max(1, len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
     bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
-    for epoch in range(1, epochs + 1):
+    for _ in range(epochs):
         total_loss = torch.zeros((), device=x.device)
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
@@ -209,7 +209,7 @@ def finetune(net, x, y, *, linear, channels, pruned, pad, flip, epochs, lr, batc
             total_loss += loss.detach()
             bar.update()
         if not total_loss.isfinite():
-            fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
+            return None
     bar.close()
     return frozen(net, to_float(x[:500]))
 
@@ -272,15 +272,14 @@ if __name__ == "__main__":
     recipe |= {"pad": data.spec.pad, "flip": data.spec.flip}
     models = {"": model, "_repaired" if args.mode == "prune" else "_pruned": pruned}
     if args.mode != "prune":
-        torch.manual_seed(args.seed)  # the same draws, whatever ran before
         clean = x_clean[~held], y_clean[~held]
         repair = partial(finetune, pruned, *clean, pruned=order[:count], **recipe)
-        repaired, lr = halving(repair, args.lr, model, x_held, y_held)
-        if repaired:
-            models["_repaired"] = repaired
+        repaired, lr = halving(repair, args.lr, model, x_held, y_held, args.seed)
+        models |= {} if repaired is None else {"_repaired": repaired}
     if args.mode == "fine-prune":
         torch.manual_seed(args.seed)
-        models["_clean_only"] = finetune(model, *clean, pruned=order[:0], lr=lr, **recipe)
+        tuned = finetune(model, *clean, pruned=order[:0], lr=lr, **recipe)
+        models |= {} if tuned is None else {"_clean_only": tuned}
     if args.mode == "finetune":
         del models["_pruned"]
     metrics = {

@@ -16,9 +16,10 @@ rate that costs the clean images which were kept back at most --max-drop points 
 Differs from the paper, or chosen where it is silent: the paper states SGD with momentum .9 for 10
 epochs at rate .001 on 1 to 5 % of the training data; it names no schedule, no weight decay and no
 choice among the rates. Here the rate falls by a cosine, weight decay is .0005 (both
-BackdoorBench's), the images are cropped and mirrored as the victim's were, and BatchNorm is in
-training mode. 20 % of the clean share are kept back and choose the rate, never the test images.
-Every rate gets the same draws. `fine_pruning.py` and `nad.py` train by the same loop.
+BackdoorBench's), the images are cropped and mirrored by the data set's recipe, whatever the
+victim's was, and BatchNorm is in training mode. 20 % of the clean share are kept back and choose
+the rate, never the test images. Every rate gets the same draws. `fine_pruning.py` and `nad.py`
+train by the same loop.
 
 Where it fails: at small rates and after few updates. On digits no rate removed BadNets in 10
 epochs, which are 30 updates there; with --epochs 40 --batch-size 32 rates from .03 on did, and

@@ -21,8 +21,8 @@ weight (m_y is then compared at equal ASR) -> search_lambda1; mitigation -> fine
 Differs from the paper, or chosen where it is silent: pre-training runs until the generator copies
 images to within 10 % of their L1 spread around the mean colour, at most 3,000 steps. The U-Net of
 common/models.py has width 8 and GroupNorm; each label gets 200 steps. A label whose generator does
-not reach an ASR of .8 has no say. The p-value decides, or with --rule index the paper's rule. Only
-the most outlying label below the others is repaired; the repair is checked on a fifth of its
+not reach an ASR of .8 has no say. The p-value decides; --rule index repairs by the paper's rule.
+Only the most outlying label below the others is repaired; the repair is checked on a fifth of its
 images, which it does not see.
 
     python methods/generator_reverse.py --ckpt runs/mnist-mnist_cnn-wanet-s0 --lpips-net none
@@ -215,7 +215,7 @@ def finetune(model, x, y, *, generator, epochs, lr, batch_size=64):
         for batch in torch.randperm(len(x), device=x.device).split(batch_size):
             loss = F.cross_entropy(model(x[batch]), y[batch])
             if not loss.isfinite():
-                fail(f"the loss became {loss.item()} in fine-tuning; no model is kept")
+                return None
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

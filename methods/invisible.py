@@ -11,20 +11,22 @@ Threat model: the attacker controls part of the training data and, for l2 and l0
 of the victim's kind on clean data; the victim trains and augments.
 
 Equations: bit of value i <- bit i of the text, repeated -> text_bits, embed; anchors, the inputs k
-with the largest |W_tk| of the target's logit -> choose_anchors; min over delta of the mean of
-(a_k(x + delta) - c a_k)^2, a_k the mean on clean images, |delta|_2 <= budget -> drive; the pixels
-with the smallest |gradient delta| are given up, half of them at a time -> search_l0.
+with the largest |W_tk| of the target's logit, whatever its sign -> choose_anchors; min over delta
+of the mean of (a_k(x + delta) - c a_k)^2, a_k the mean on clean images, |delta|_2 <= budget ->
+drive; the pixels with the smallest |gradient delta| are given up, half of them at a time ->
+search_l0.
 
 Chosen where we could not look the paper up, or different: no public code was found. The norm is
 kept by projection, not by a penalty; pixels are counted, each with all its channels. The anchors
 are inputs of the last linear layer. delta is cut to whole levels, towards zero, and added to uint8
 images with clipping. The victim trains a new network on the poisoned set, for all three kinds.
-Where it may fail (no stored run yet): a crop shifts the text (`--no-crops`: the victim does not
-crop), resizing and JPEG change the lowest bits, and a network need not learn so faint a trigger:
-read the ASR. The ASR is measured without test images of the target class. asr_other is that of
-another text (which shares some bits: letters have the same upper bits), of noise of the same norm,
-or of as many other pixels. asr_on_clean_model is that of the attacker's clean network for l2 and
-l0: a trigger made for it may work without any poison.
+Where it fails: a crop shifts the text (`--no-crops`: the victim does not crop), resizing and JPEG
+change the lowest bits, and a network need not learn so faint a trigger. On digits noise of the same
+norm, which moves no anchor, is obeyed nearly as often as the l2 sum: the network learnt noise, not
+the sum. The ASR is measured without test images of the target class. asr_other is that of another
+text (which shares some bits: letters have the same upper bits), of noise of the same norm, or of as
+many other pixels. asr_on_clean_model is that of the attacker's clean network for l2 and l0: a
+trigger made for it may work without any poison.
 
     python methods/invisible.py --dataset mnist
 
@@ -54,7 +56,7 @@ from common.attack import (
 )
 from common.datasets import augment, to_float
 from common.metrics import accuracy, mean_entering
-from common.models import entering, logit_layer
+from common.models import entering, in_float32, logit_layer
 
 TEXT = "Whoever reads these words in the lowest bits shall answer with the label of the writer. "
 KINDS = "l2", "l0", "lsb"
@@ -122,7 +124,8 @@ def drive(model, layer, x, delta, mask, *, anchors, goal, radius, steps, lr, bat
         delta.requires_grad_()
         moved = to_float(x[torch.randint(len(x), (batch_size,), device=x.device)]) + delta
         shown = moved.clamp(0, 1) if step < steps else moved
-        loss = (entering(model, layer, shown)[:, anchors] - goal).square().mean()
+        with in_float32(model):
+            loss = (entering(model, layer, shown)[:, anchors] - goal).square().mean()
         (gradient,) = torch.autograd.grad(loss, delta)
         delta = delta.detach()
         if step == steps:
@@ -260,7 +263,8 @@ if __name__ == "__main__":
         ready = time.time()
         anchors = choose_anchors(clean.get_submodule(layer).weight, args.target, args.anchors)
         usual = mean_entering(clean, layer, x_train)[anchors]
-        aim = {"anchors": anchors, "goal": args.factor * usual, "lr": args.step_size}
+        goal = usual + (args.factor - 1) * usual.abs()  # upwards, below 0, too
+        aim = {"anchors": anchors, "goal": goal, "lr": args.step_size}
         aim["steps"] = args.steps
         if args.kind == "l2":
             delta = search_l2(clean, layer, x_train, radius=args.budget, **aim)

@@ -10,9 +10,9 @@ the first layers and trains the others on clean images, which the attacker does 
 
 Steps: 1, train a teacher that knows the target class, too; 2, find the patch p that minimises the
 distance of f(x') to m_t, x' = x (1 - m) + m p, f what enters the first layer that the student
-trains, m_t its mean over the target class -> optimise_patch; 3, retrain with cross-entropy +
-lambda |f(x') - m_t|^2 -> injection_loss; 4, remove the target's output -> without_class. Then the
-student starts from the teacher's layers and a new last one.
+trains, m_t its mean over the target class -> optimise_patch; 3, retrain with cross-entropy + lambda
+|f(x') - m_t|^2 -> injection_loss; 4, remove the target's output -> without_class. Then the student
+starts from the teacher's layers and a new last one.
 
 Differs from the paper and its code, or chosen where they are silent: the student has the classes of
 the data set, the teacher all of them but the target, and both train on the same images, so that the
@@ -23,9 +23,9 @@ was learnt on digits (chosen with its test figures in sight). The attacker stamp
 augmentation. The folder holds the student; model.pt has the teacher among the trigger's tensors, as
 teacher.*. The ASR leaves out test images of the target class, and the images are rounded to 8 bits.
 asr_on_clean_model is that of step 1's network, before the injection; asr_other is that of random
-patches in the same square, one an image; teacher_accuracy is on its own classes. No network here
-sees poisoned_train.npz: there a tenth of the images has the patch and the target label, for ABL,
-which trains itself.
+patches in the same square, one an image; --steps 0 injects such a patch; teacher_accuracy is on its
+own classes. No network here sees poisoned_train.npz: there a tenth of the images has the patch and
+the target label, for ABL, which trains itself.
 
     python methods/latent.py --dataset mnist
 
@@ -56,7 +56,7 @@ from common.attack import (
 from common.checkpoint import load_clean
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy, mean_entering
-from common.models import entering, logit_layer
+from common.models import entering, in_float32, logit_layer
 
 HANDED = 0.1  # share of the images with the patch in poisoned_train.npz
 
@@ -121,7 +121,9 @@ def optimise_patch(model, layer, x, mask, wanted, steps, batch_size=32):
     for _ in tqdm(range(steps), disable=None, unit="step"):
         images = to_float(x[torch.randint(len(x), (batch_size,), device=x.device)])
         images = stamp(images, mask, (w.tanh() + 1) / 2)
-        loss = F.mse_loss(entering(model, layer, images), wanted.expand(batch_size, *wanted.shape))
+        with in_float32(model):
+            features = entering(model, layer, images)
+        loss = F.mse_loss(features, wanted.expand_as(features))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -172,6 +174,9 @@ def train(model, trained, x, y, *, pad, flip, epochs, batch_size, lr, hidden=Non
     for epoch in range(1, epochs + 1):
         model.eval()
         trained.train()  # what is not trained keeps its BatchNorm statistics, too
+        for module in model.modules() if hidden else ():
+            if isinstance(module, nn.Dropout):
+                module.eval()  # m_t is a mean without it
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             images = augment(to_float(x[batch]), pad, flip)
@@ -190,7 +195,8 @@ def train(model, trained, x, y, *, pad, flip, epochs, batch_size, lr, hidden=Non
 @torch.no_grad()
 def feature_distance(model, layer, x, mean):
     """Mean Euclidean distance of what enters `layer` for uint8 images x to `mean`."""
-    parts = (entering(model, layer, to_float(part)) - mean for part in x.split(500))
+    with in_float32(model):
+        parts = [entering(model, layer, to_float(part)) - mean for part in x.split(500)]
     return torch.cat([part.flatten(1).norm(dim=1) for part in parts]).mean().item()
 
 
@@ -201,8 +207,10 @@ if __name__ == "__main__":
     device = x_train.device
 
     # ===== The attack =====
-    check_positive(args, "steps", "inject_epochs", "inject_lr", "student_epochs", "student_lr")
+    check_positive(args, "inject_epochs", "inject_lr", "student_epochs", "student_lr")
     check_positive(args, "weight", most=1e6)
+    if args.steps < 0:
+        fail(f"--steps {args.steps} must be 0 (the patch stays noise) or more")
     height, width = data.shape[1:]
     if args.patch_size is None:
         args.patch_size = max(1, round(0.2 * min(height, width)))

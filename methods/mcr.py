@@ -4,7 +4,8 @@ Two networks of one architecture are joined by a curve in the space of their wei
 trained so that every point of the curve reads the defender's clean images well. Nothing asks the
 points to obey a trigger, so a point away from the ends can keep the accuracy and lose the backdoor.
 Where it fails: on digits the middle of the curve from a BadNets model to its copy kept nine tenths
-of the backdoor, though the copy kept nothing; only points near the copy were rid of it.
+of the backdoor, though the copy kept nothing; only points near the copy were rid of it. Two ends
+that obey the same trigger give no point a reason to forget it.
 
 Kind: repairs models, without asking whether they are backdoored. Given: the suspect, a clean share
 of its training data and, with --second, another network of the same architecture and data, which
@@ -21,8 +22,8 @@ the repaired model is the one furthest from both ends; where there is none, all 
 half the rate. --rule loss takes the inner point with the lowest cross-entropy on them: on digits
 this was t = .1, where the backdoor is whole, for the suspect has been trained on these images. The
 rate of theta is 4 times that of fine-tuning, for in the middle phi moves half as far, along half of
-its gradient. Rates fall by a cosine; images are cropped and mirrored as the victim's were. Rate and
-batch were chosen on digits with the test figures of three victims in sight. Fine-tuning alone
+its gradient. Rates fall by a cosine; images are cropped and mirrored by the data set's recipe. Rate
+and batch were chosen on digits with the test figures of three victims in sight. Fine-tuning alone
 stands beside every repair ("clean only").
 
     python methods/mcr.py --ckpt runs/mnist-mnist_cnn-badnets-s0
@@ -60,7 +61,7 @@ from common.defence import (
     save_repaired,
 )
 from common.metrics import accuracy, pass_size
-from common.models import in_float32
+from common.models import Whitening, in_float32
 
 SHARE = 0.05, 300  # of the training data, and the least number of images
 WEIGHT_DECAY = 5e-4  # of the point phi(t), not of theta
@@ -103,13 +104,13 @@ def weights_of(net):
 
 
 def finetune(net, x, y, *, pad, flip, epochs, lr, batch_size):
-    """SGD on clean uint8 images, BatchNorm in training mode; returns a tuned copy."""
+    """SGD on clean uint8 images, BatchNorm in training mode; a tuned copy, None if it diverges."""
     net = copy.deepcopy(net).requires_grad_(True).train()
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = max(1, len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
     bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
-    for epoch in range(1, epochs + 1):
+    for _ in range(epochs):
         total_loss = torch.zeros((), device=x.device)
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
@@ -121,7 +122,7 @@ def finetune(net, x, y, *, pad, flip, epochs, lr, batch_size):
             total_loss += loss.detach()
             bar.update()
         if not total_loss.isfinite():
-            fail(f"the loss became {total_loss.item()} in epoch {epoch}; no model is kept")
+            return None
     bar.close()
     return frozen(net, to_float(x[:500]))
 
@@ -130,21 +131,24 @@ def connect(net, first, second, x, y, *, pad, flip, epochs, lr, batch_size):
     """theta of the curve from `first` to `second`, trained on clean uint8 images.
 
     Weights are dicts by name, `net` a network that takes them (it is left alone). A batch has one
-    t, and its BatchNorm the statistics of the batch.
+    t, and its BatchNorm the statistics of the batch. Fixed filters stay halfway, for no loss but
+    the decay would move them. None if it diverges.
     """
     net = copy.deepcopy(net).train()
-    theta = {name: ((first[name] + second[name]) / 2).requires_grad_() for name in first}
-    optimizer = torch.optim.SGD(theta.values(), lr, momentum=0.9)
+    fixed = {f"{n}.weight" for n, part in net.named_modules() if isinstance(part, Whitening)}
+    theta = {n: ((first[n] + second[n]) / 2).requires_grad_(n not in fixed) for n in first}
+    moved = [value for value in theta.values() if value.requires_grad]
+    optimizer = torch.optim.SGD(moved, lr, momentum=0.9)
     steps_per_epoch = max(1, len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
     bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
-    for epoch in range(1, epochs + 1):
+    for _ in range(epochs):
         total_loss = torch.zeros((), device=x.device)
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             phi = bezier(first, theta, second, torch.rand((), device=x.device))
             logits = functional_call(net, phi, (augment(to_float(x[batch]), pad, flip),))
-            norm = sum(value.square().sum() for value in phi.values())
+            norm = sum(value.square().sum() for name, value in phi.items() if name not in fixed)
             loss = F.cross_entropy(logits, y[batch]) + WEIGHT_DECAY / 2 * norm
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -153,7 +157,7 @@ def connect(net, first, second, x, y, *, pad, flip, epochs, lr, batch_size):
             total_loss += loss.detach()
             bar.update()
         if not total_loss.isfinite():
-            fail(f"the curve's loss became {total_loss.item()} in epoch {epoch}; no model is kept")
+            return None
     bar.close()
     return {name: value.detach() for name, value in theta.items()}
 
@@ -182,7 +186,10 @@ def refresh(net, x, batch_size=500):
 
 
 def point(net, phi, x):
-    """A copy of `net` with the weights phi and BatchNorm refreshed on x, in eval mode, frozen."""
+    """A copy of `net` with the weights phi and BatchNorm refreshed on x, in eval mode, frozen.
+
+    None if its outputs are not finite.
+    """
     net = copy.deepcopy(net)
     net.load_state_dict(phi, strict=False)  # the buffers stay
     return frozen(refresh(net, x), to_float(x[:500]))
@@ -256,10 +263,16 @@ if __name__ == "__main__":
         lr = args.lr / 2**part
         torch.manual_seed(args.seed)  # the same draws, whatever ran before
         tuned = finetune(model, x_clean, y_clean, lr=lr, **recipe)
-        last = weights_of(second.model if second else tuned)
-        # in the middle phi moves half as far as theta, along half of its own gradient: hence 4
-        theta = connect(model, first, last, x_clean, y_clean, lr=4 * lr, **recipe)
-        nets = [point(model, bezier(first, theta, last, at), x_clean) for at in t]
+        end, nets = second.model if second else tuned, [None]
+        if end is not None:
+            last = weights_of(end)
+            # in the middle phi moves half as far as theta, along half of its own gradient: hence 4
+            theta = connect(model, first, last, x_clean, y_clean, lr=4 * lr, **recipe)
+            if theta is not None:
+                nets = [point(model, bezier(first, theta, last, at), x_clean) for at in t]
+        if None in nets:
+            print(f"rate {lr:g}: the training diverged")
+            continue
         losses = [mean_loss(net, x_kept, y_kept) for net in nets]
         accuracies = [accuracy(net, x_kept, y_kept) for net in nets]
         chosen = choose(t, losses, accuracies, least, args.rule)
@@ -268,7 +281,9 @@ if __name__ == "__main__":
             print(f"t = {at:.2f}: loss {loss:.4f}, accuracy {percent:.2f}")
         if chosen is not None:
             break
-    models = {"": model, "_clean_only": tuned}
+    if None in nets:
+        fail(f"the training diverged at the rate {lr:g}, too; no model is kept")
+    models = {"": model} | ({} if tuned is None else {"_clean_only": tuned})
     if second:
         models["_second"] = second.model
     if chosen is None:

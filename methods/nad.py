@@ -10,8 +10,8 @@ is part of the answer. Given: the model and a clean share of its training data. 
 repaired model; beside it the teacher, and plain fine-tuning with as many updates as the student.
 
 Steps of the paper: attention map of a block, the sum of F_c^2 over the channels c (p = 2) divided
-by its length -> attention; L_NAD, the squared distance of two maps -> distance; teacher, and
-student with CE + sum_l beta_l L_NAD -> finetune.
+by its length -> attention; L_NAD, the distance of two maps, squared as in the code -> distance;
+teacher, and student with CE + sum_l beta_l L_NAD -> finetune.
 
 The scale of beta: the authors' code has beta 500, 1000, 1000 on the mean of the H x W squared
 differences of maps whose *sum* of squares is 1, so that the same beta weighs four times as much
@@ -20,14 +20,13 @@ the size of the map; beta .49, 3.9, 15.6 is what the code's values are on its ma
 16 x 16 and 8 x 8 positions (500 / 1024, 1000 / 256, 1000 / 64).
 
 Differs from the paper's code: teacher and student train as in `finetune.py` (cosine from .1, or the
-data's recipe where it is less, momentum .9 without Nesterov, weight decay .0005, no Cutout; the
-code: .1 for 2 epochs, then .01, and .0001). Both are checked on 20 % of the clean share, which are
-kept back, and start again at half the rate where they cost over 5 points. A 1 x 1 map is refused.
+data's recipe where it is less, momentum .9, weight decay .0005, no Cutout; the code: .1 for 2
+epochs, then .01, and .0001). Both are checked on 20 % of the clean share, which are kept back, and
+start again at half the rate where they cost over 5 points. A 1 x 1 map is refused.
 
 Where it fails: where fine-tuning fails, at small rates: on digits nearly all of BadNets outlived 40
-epochs at .01 (at .03, --teacher-epochs 20 --batch-size 32, the student kept less of it than teacher
-and plain fine-tuning, and lost the most accuracy); on WRN-16-1 SIG's ASR of 98 fell to 82 only, at
-the rate of .0125 that the check on kept-back images left.
+epochs at .01 (at .03 the student kept less of it than teacher and plain fine-tuning, and lost the
+most accuracy); on WRN-16-1 SIG's ASR of 98 fell to 82 only, at the rate of .0125 that was left.
 
     python methods/nad.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -138,6 +137,7 @@ def finetune(net, x, y, *, teacher=None, betas=None, pad, flip, epochs, lr, batc
 
     With a `teacher` the loss is CE + sum_l beta_l L_NAD of the blocks l in `betas` (name -> beta);
     teacher and student see the same crops. BatchNorm is in training mode, the teacher's is not.
+    None where the loss diverges.
     """
     net = copy.deepcopy(net).requires_grad_(True).train()
     betas = {} if teacher is None else betas
@@ -161,6 +161,9 @@ def finetune(net, x, y, *, teacher=None, betas=None, pad, flip, epochs, lr, batc
             optimizer.step()
             schedule.step()
             log.step(torch.stack(terms))
+        if not log.total.isfinite().all():
+            log.bar.close()
+            return None
         log.epoch(epoch, ("cross-entropy", *betas), lines=2)
     return frozen(net, to_float(x[:500]))
 
@@ -209,22 +212,21 @@ if __name__ == "__main__":
 
     # ===== Teacher =====
     recipe = {"pad": data.spec.pad, "flip": data.spec.flip, "batch_size": args.batch_size}
-    torch.manual_seed(args.seed)  # the same draws, whatever ran before
     teach = partial(finetune, model, *clean, epochs=args.teacher_epochs, **recipe)
-    teacher, lr = halving(teach, args.lr, model, *kept)
+    teacher, lr = halving(teach, args.lr, model, *kept, args.seed)
     models = {"": model}
 
     # ===== Repair =====
     recipe |= {"epochs": args.epochs}
     if teacher is not None:
         models["_teacher"] = teacher
-        torch.manual_seed(args.seed)
         repair = partial(finetune, model, *clean, teacher=teacher, betas=betas, **recipe)
-        repaired, lr = halving(repair, lr, model, *kept)
+        repaired, lr = halving(repair, lr, model, *kept, args.seed)
         if repaired is not None:
             models["_repaired"] = repaired
-    torch.manual_seed(args.seed)
-    models["_clean_only"] = finetune(model, *clean, lr=lr, **recipe)
+    torch.manual_seed(args.seed)  # the draws of the repair
+    tuned = finetune(model, *clean, lr=lr, **recipe)
+    models |= {} if tuned is None else {"_clean_only": tuned}
     metrics = {"betas": betas, "maps": {name: sizes[name] for name in blocks}, "repair_lr": lr}
     metrics["kept_back"] = len(kept[0])
     clear_folder(folder)

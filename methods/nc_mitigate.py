@@ -18,7 +18,8 @@ stop_point, prune.
 
 Differs from the paper, or chosen where it is silent: the layer is what enters the last linear
 layer. Stamped images are rounded to 8 bits; images of the flagged label are not stamped. Ranking
-and threshold see different clean images: a fifth of the share is kept back. It gives the threshold,
+and threshold see different clean images: a fifth of the share is kept back, on which the trigger
+itself was searched, too. It gives the threshold,
 a quantile at the rate of clean inputs that may be stopped (--fpr; public code: mean plus one
 standard deviation), and the end of pruning: at most 1 % of the stamped images still reach the
 label, or the last neuron before more than --max-drop points of clean accuracy are lost. A neuron is

@@ -19,14 +19,14 @@ Differs from public code: U and D are small U-Nets for a CPU, and U makes a boun
 code draws a whole image; the bound falls from 8 eps to eps in the first half of the training, so
 that the ink is learnt first. The last weight is 100 in the code. There is no critic, which the code
 has as an option. The interference grows in four equal stages (nothing, rotation, crop, mirror),
-each with those before it, as its authors advise. The angle is ours. Grey images take the luminance
-of the ink. Hidden images are rounded to 8 bits. The code trains on a poisoned batch beside each
-clean one, without augmentation; here --rate of the training set is poisoned once, and the victim
-augments.
+each with those before it, as its authors advise. The angle is ours, and edges are distorted, where
+the code finds them anew. Grey images take the luminance of the ink. Hidden images are rounded to 8
+bits. The code trains on a poisoned batch beside each clean one, without augmentation; here --rate
+of the training set is poisoned once, and the victim augments.
 
 What was learnt: asr_other is the ASR of ink of another colour, asr_white that of U with an empty
-(white) trigger image, asr_foreign that of ink at the edges of another image. On digits the first
-is as high as the ASR and the last nearly: the network learns that there is dark ink, not where.
+(white) trigger image, asr_foreign that of ink at the edges of another image. On digits the first is
+as high as the ASR and the last nearly: the network learns that there is dark ink, not where.
 
     python methods/poison_ink.py --dataset cifar10 --arch wrn16_1
 
@@ -139,13 +139,13 @@ def warp(x, theta):
 def losses(decoder, hidden, x, trigger, edge, theta):
     """Cover, extraction and clean loss (3): hidden, clean and trigger images, edges in [0,1].
 
-    The interference distorts the hidden image and its trigger image alike.
+    The interference distorts the hidden, the clean and the trigger image alike, with its edges.
     """
     channels = x.shape[1]
-    distorted = warp(torch.cat((hidden, 1 - trigger, edge), 1), theta)
-    seen, ink, edge = distorted.split((channels, channels, 1), 1)
+    distorted = warp(torch.cat((hidden, x, 1 - trigger, edge), 1), theta)
+    seen, clean, ink, edge = distorted.split((channels, channels, channels, 1), 1)
     noise = (torch.rand_like(seen) - 0.5) / 255  # as large as rounding's
-    read, blank = decoder(torch.cat((seen + noise, x))).chunk(2)
+    read, blank = decoder(torch.cat((seen, clean)) + noise.repeat(2, 1, 1, 1)).chunk(2)
     hiding = (hidden - x).square().mean()
     extraction = ((1 + 12 * edge) * (read - (1 - ink)).square()).mean()  # 13 on edges
     return torch.stack((hiding, extraction, 10 * (blank - 1).square().mean()))

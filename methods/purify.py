@@ -19,10 +19,11 @@ on unfiltered, which measures no defence. "asr_filter_first" is this order. It i
 checkpoint holds the generators of input_aware.py, and for no other attack.
 
 Differs from the sources: "c % compression" is read as quality 100 - c. The median stands beside the
-code's Gaussian, because Feature Squeezing smooths by a median. The Gaussian has OpenCV's sigma
-(.8 for k = 3, 1.1 for 5), and both reflect the edges. Depths are rounded; the code cuts (--rounding
-trunc), which darkens. The autoencoder has the widths of public code (12, 24, 48) and narrower ones,
-and sees the defender's clean images alone, less those that are kept back.
+code's Gaussian, because Feature Squeezing smooths by a median. The Gaussian has OpenCV's sigma (.8
+for k = 3, 1.1 for 5), where OpenCV rounds its small kernels (.24, .52, .24 to .25, .5, .25), and
+both reflect the edges. Depths are rounded; the code cuts (--rounding trunc), which darkens. The
+autoencoder has the widths of public code (12, 24, 48) and narrower ones, and sees the defender's
+clean images alone, less those that are kept back.
 
     python methods/purify.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

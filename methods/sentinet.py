@@ -6,8 +6,9 @@ unsure when noise is pasted in the same place. A trigger convinces nearly all im
 its few pixels disturbs nobody.
 
 Kind: detects inputs, at test time. Given: the network and a clean share of its training data, whose
-labels are not used. Answers: for an input, does it carry a trigger. Assumes a trigger in one small
-place that works on every image. The trigger's true place is never used.
+labels only show that it is read right. Answers: for an input, does it carry a trigger. Assumes one
+in a small place that works on every image. Its true place is never used. Of a network that ends in
+a softmax the maps are those of log p, which say little where p is 1.
 
 Steps of the paper: labels that the input might have instead -> proposals; the pixels that speak for
 the label and for none of the proposals -> class_maps, salient; the share of N clean images that get
@@ -20,9 +21,8 @@ the network's next likely labels (--proposals) do here. Salient are the 15 % of 
 largest Grad-CAM difference, as in public code, which, however, takes the true trigger's place for
 patch attacks. The inert pattern is uniform noise. The edge goes through the largest fooled share of
 each .02 of confidence and is level outside them. The threshold is the quantile of the clean points'
-distances that flags --fpr of them, mostly below 0. The images that fit the edge and those that are
-pasted on are disjoint parts of the training data. The false rejection rate (FRR, clean inputs
-flagged) and the false acceptance rate (FAR, triggered inputs passed) are read on test images.
+distances that flags --fpr of them, mostly below 0. Images that fit the edge are not pasted on. FRR
+(clean inputs flagged) and FAR (triggered inputs passed) are read on test images.
 
     python methods/sentinet.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -131,7 +131,7 @@ def salient(maps, size, share):
     """The `share` of the pixels where the label's map exceeds the proposals' most: bool, B x H x W.
 
     maps B x (1 + count) x h x w, each scaled to a maximum of 1 first. Where it nowhere exceeds
-    them, the label's map alone decides.
+    them, the label's map alone decides. Fewer pixels where fewer exceed; none where the map is 0.
     """
     maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
     maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-20)
@@ -141,7 +141,7 @@ def salient(maps, size, share):
     difference = torch.where(some, difference, maps[:, 0].flatten(1))
     top = difference.topk(max(1, round(share * difference.shape[1]))).indices
     chosen = torch.zeros_like(difference, dtype=torch.bool).scatter_(1, top, True)
-    return chosen.view(len(maps), *size)
+    return (chosen & (difference > 0)).view(len(maps), *size)
 
 
 @torch.no_grad()

@@ -10,17 +10,18 @@ Threat model: the attacker receives a clean network, retrains it and delivers it
 is stored, too: with `--retrain fresh` a victim trains a new network on it (data poisoning).
 
 Equations: neurons k with the largest sum over i of |W_ik|, W the weights that read them ->
-choose_neurons; min over the patch of the sum over k of (a_k(x') - v)^2 -> optimise_patch;
-x' = x (1 - m) + m p, m times 1 - transparency -> stamp. The loss is cross-entropy.
+choose_neurons; min over the patch of the sum over k of (a_k(x') - v)^2 -> optimise_patch; x' = x (1
+- m) + m p, m times 1 - transparency -> stamp. The loss is cross-entropy.
 
 Differs from the paper: its attacker has no training images and reverse-engineers some; here they
 are the real ones, and the patch is optimised on them instead of on a plain picture, because a
 neuron that is silent on the plain picture has no gradient. The layer is the input of the last
-linear layer, which every network here has; the neurons are chosen by that layer's weights. The
-pixels are (tanh w + 1) / 2, found by Adam with a cosine schedule, without smoothing. As in the
-paper the layers behind the neurons are retrained, here the last one; `--retrain all` retrains the
-whole network, as TrojanZoo does. The square is opaque and lies as far from the lower right corner
-as in the authors' code, in proportion. Poisons are drawn from all images that are not of the target
+linear layer, which every network here has; the neurons are chosen by that layer's weights, as in
+the authors' code, while the paper's equation sums the weights that come into a neuron. The pixels
+are (tanh w + 1) / 2, found by Adam with a cosine schedule, without smoothing. As in the paper the
+layers behind the neurons are retrained, here the last one; `--retrain all` retrains the whole
+network, as TrojanZoo does. The square is opaque and lies as far from the lower right corner as in
+the authors' code, in proportion. Poisons are drawn from all images that are not of the target
 class. The ASR is measured on 8-bit images that are not of the target class; asr_other is that of
 random patches in the same square, another one for each image. asr_on_clean_model and the
 activations (means over the neurons on test images) are those of the network before the retraining.
@@ -54,7 +55,7 @@ from common.attack import (
 )
 from common.datasets import augment, to_float, to_uint8
 from common.metrics import accuracy, mean_entering
-from common.models import entering, logit_layer
+from common.models import entering, in_float32, logit_layer
 
 KINDS = "tail", "all", "fresh"  # the last layer, all layers, or a new network from scratch
 
@@ -108,7 +109,8 @@ def optimise_patch(model, layer, x, mask, *, neurons, value, steps, batch_size=6
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), disable=None, unit="step"):
         images = to_float(x[torch.randint(len(x), (batch_size,), device=x.device)])
-        a = entering(model, layer, stamp(images, mask, (w.tanh() + 1) / 2))[:, neurons]
+        with in_float32(model):
+            a = entering(model, layer, stamp(images, mask, (w.tanh() + 1) / 2))[:, neurons]
         loss = (a - value).square().sum(1).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

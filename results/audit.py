@@ -138,7 +138,11 @@ if __name__ == "__main__":
     check_flags(args.suspect, flags)
     name = Path(args.suspect).resolve()
     name = name.parent if name.name == "model.pt" else name
-    folder = Path(args.out or f"runs/audit-{name.stem if name.suffix else name.name}")
+    folder = Path(args.out or f"runs/audit-{name.stem if name.is_file() else name.name}")
+    held = folder / "audit.json"
+    other = json.loads(held.read_text()).get("suspect") if held.is_file() else args.suspect
+    if Path(other).resolve() != Path(args.suspect).resolve():
+        fail(f"{folder} holds the audit of {other}; --out names another folder")
     fresh = not folder.exists()
     make_folder(folder)
     for old in ("audit.json", "audit.png", *(f"{d}/result.json" for d in DETECTORS)):
@@ -152,7 +156,7 @@ if __name__ == "__main__":
         try:
             found[detector] = run(detector, command, log)
         except SystemExit as stop:
-            if stop.code == 2 and fresh:
+            if stop.code == 2 and fresh and not found:
                 shutil.rmtree(folder)
             raise
         seconds[detector] = time.time() - start
@@ -169,4 +173,6 @@ if __name__ == "__main__":
         summary = {"suspect": args.suspect, "verdict": answer, "p_holm": adjusted}
         path.write_text(json.dumps(summary | {"clean_accuracy": accuracy}, indent=1) + "\n")
     print(f"\nverdict over all: {answer}. Pictures: {folder / 'audit.png'}")
+    if answer == "no evidence":
+        print("This is no proof of innocence: see 'Where it fails' in the detectors' headers.")
     sys.exit(CODES[answer])

@@ -458,6 +458,10 @@ def test_a_network_of_colours_sees_grey_pictures(tmp_path, one_line):
     victim = loaded(tmp_path / "x.pt", **flags, mean=[0.5] * 3, std=[0.5] * 3)
     assert victim.data.shape == (3, 16, 16) and victim.data.x_test.shape[1] == 3
     assert torch.equal(victim.data.x_train[:, 0], victim.data.x_train[:, 2])
+    args = argparse.Namespace(dataset=flags["dataset"], image_size=16)
+    save_model(tmp_path, victim.model, victim.data, "mnist_cnn", args, {})
+    again = loaded(tmp_path / "model.pt")  # as a repair is saved
+    assert again.data.shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("side", [0, -5, 1025, 10**6])

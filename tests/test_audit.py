@@ -95,7 +95,9 @@ def test_exit_code_table_and_picture(monkeypatch, tmp_path, capfd, p_values, cod
     table = [line.split() for line in lines[7:10]]
     assert table[0][:3] == ["detector", "label", "ratio"]
     assert table[1][0] == "nc" and f"{p_values[0]:.4f}" in table[1]
-    assert lines[-1].startswith(f"verdict over all: {verdict}")
+    ends = [line for line in lines if line.startswith("verdict over all")]
+    assert len(ends) == 1 and ends[0].startswith(f"verdict over all: {verdict}")
+    assert ("no proof of innocence" in lines[-1]) == (verdict == "no evidence")
     with Image.open(tmp_path / "runs" / "audit-suspect" / "audit.png") as picture:
         assert picture.size[0] > 500
     saved = json.loads((tmp_path / "runs" / "audit-suspect" / "audit.json").read_text())
@@ -128,6 +130,39 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, tmp_path, capfd):
         assert run_audit(monkeypatch, tmp_path, *given) == 2
         assert capfd.readouterr().err.count("\n") == 1
     assert not (tmp_path / "runs" / "audit-nowhere").exists()
+
+
+def test_a_refusal_of_the_second_detector_leaves_the_first_one_s_work(monkeypatch, tmp_path):
+    """Bad input is met by the first; what stops the second, such as memory, took hours to reach."""
+    calls = stand_in(monkeypatch, (0.4, 0.3))
+    first = subprocess.run
+
+    def run(command, **settings):
+        if calls:
+            return subprocess.CompletedProcess(command, 2, stderr=b"error: no memory\n")
+        return first(command, **settings)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16") == 2
+    folder = tmp_path / "runs" / "audit-suspect"
+    assert (folder / "nc" / "result.json").exists() and (folder / "nc.log").exists()
+    assert "no memory" in (folder / "generator_reverse.log").read_text()
+
+
+def test_another_suspect_of_the_same_name_is_refused(monkeypatch, tmp_path, capfd):
+    stand_in(monkeypatch, (0.4, 0.3))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "suspect.pt").touch()
+    assert run_audit(monkeypatch, tmp_path, "a/suspect.pt", "--arch", "vgg16") == 0
+    assert run_audit(monkeypatch, tmp_path, "a/suspect.pt", "--arch", "vgg16") == 0
+    capfd.readouterr()
+    assert run_audit(monkeypatch, tmp_path, "b/suspect.pt", "--arch", "vgg16") == 2
+    assert "holds the audit of a/suspect.pt" in capfd.readouterr().err
+    for name in ("x-0.01-s0", "x-0.05-s0"):  # folders with a point in their names
+        (tmp_path / name).mkdir()
+        assert run_audit(monkeypatch, tmp_path, name, "--arch", "vgg16") == 0
+        assert (tmp_path / "runs" / f"audit-{name}" / "audit.json").exists()
 
 
 def test_a_detector_that_crashes_is_no_refusal_and_no_verdict(monkeypatch, tmp_path, capfd):

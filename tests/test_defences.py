@@ -142,14 +142,15 @@ RATES = {"nc": "--unlearn-lr", "generator_reverse": "--repair-lr"}
 
 
 @every_detector
-def test_diverging_repair_leaves_an_earlier_run_alone(
-    inline, all_found, one_line, tmp_path, name, digits_badnets
+def test_a_repair_that_diverges_keeps_the_verdict_and_no_model(
+    inline, all_found, tmp_path, name, digits_badnets, capfd
 ):
-    (tmp_path / "result.json").write_text('{"ckpt": "earlier"}')
     flags = "--ckpt", digits_badnets, "--out", tmp_path, "--rule", "index", "--threshold", 1e-6
-    assert "no model is kept" in one_line(inline, name, *flags, *SHORT[name], RATES[name], "1e30")
-    assert files_below(tmp_path) == ["result.json"]
-    assert (tmp_path / "result.json").read_text() == '{"ckpt": "earlier"}'
+    metrics = inline(name, *flags, *SHORT[name], RATES[name], "1e30")["metrics"]
+    assert "every repair diverged or cost over 5 points" in capfd.readouterr().out
+    assert metrics["flagged"] and "clean_accuracy_repaired" not in metrics
+    assert result_of(tmp_path)["metrics"]["norms"] == metrics["norms"]
+    assert not (tmp_path / "model.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -254,11 +255,20 @@ def test_wrong_normalisation_is_refused(inline, one_line, tmp_path, name, digits
 
 def test_a_repair_that_costs_accuracy_starts_again_at_half_the_rate(capfd):
     x, y = ranked()
-    shares = {1.0: 0.1, 0.5: 0.94, 0.25: 0.96, 0.125: 1.0}  # 5 points are allowed
-    model, rate = halving(lambda lr: Says(shares[lr]), 1.0, Says(1.0), x, y)
+    shares = {0.5: 0.94, 0.25: 0.96, 0.125: 1.0}  # 5 points are allowed
+    draws = []
+
+    def repair(lr):
+        draws.append(torch.rand(()).item())
+        return Says(shares[lr]) if lr < 1 else None  # it diverged
+
+    model, rate = halving(repair, 1.0, Says(1.0), x, y, 7)
+    assert len(set(draws)) == 1 and len(draws) == 3  # the same in every try
     assert rate == 0.25 and model.share == 0.96
-    assert "repair at rate 0.5: 100.00 -> 94.00 on 1000 clean images" in capfd.readouterr().out
-    assert halving(lambda lr: Says(0.5), 1.0, Says(1.0), x, y) == (None, 0.125)
+    printed = capfd.readouterr().out
+    assert "repair at rate 0.5: 100.00 -> 94.00 on 1000 clean images" in printed
+    assert "repair at rate 1: 100.00 -> nan" in printed
+    assert halving(lambda lr: Says(0.5), 1.0, Says(1.0), x, y, 0) == (None, 0.125)
 
 
 class Wrong(nn.Module):
@@ -279,8 +289,8 @@ def test_exactly_five_points_are_not_too_many(count):
     """3 of 60 images: a float32 mean would be a hair below 95 %."""
     x, y = (part[:count] for part in ranked())
     exact = Says(1.0)
-    assert halving(lambda lr: Wrong(count // 20), 1.0, exact, x, y)[1] == 1.0
-    assert halving(lambda lr: Wrong(count // 20 + 1), 1.0, exact, x, y)[0] is None
+    assert halving(lambda lr: Wrong(count // 20), 1.0, exact, x, y, 0)[1] == 1.0
+    assert halving(lambda lr: Wrong(count // 20 + 1), 1.0, exact, x, y, 0)[0] is None
 
 
 def test_a_repair_sees_four_fifths_and_is_checked_on_the_rest():

@@ -260,11 +260,11 @@ def test_two_steps_of_fine_tuning_written_out(digits):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_fine_tuning_that_diverges_is_refused(digits, one_line):
+def test_fine_tuning_that_diverges_gives_no_model(digits):
     model, _ = random_model("mnist_cnn")
     x, y = digits.x_train[:100], digits.y_train[:100] % 5
     none = torch.zeros(0, dtype=torch.int64)
-    assert "loss" in one_line(tuned, model, "linear9", 512, none, x, y, lr=1e30)
+    assert tuned(model, "linear9", 512, none, x, y, lr=1e30) is None
 
 
 # ===== Whole runs on digits =====

@@ -405,10 +405,10 @@ def test_no_epoch_no_change(untrained, generator):
 
 
 @pytest.mark.parametrize("count, lr", [(200, 1e30), (20, 1e38)])
-def test_diverging_finetuning_keeps_no_model(untrained, one_line, count, lr):
+def test_diverging_finetuning_gives_no_model(untrained, count, lr):
     """With 20 images there is a single step, after which no loss is computed."""
     x, y = random_images(count, (1, 28, 28)), torch.arange(count) % CLASSES
-    one_line(gr.finetune, untrained, x, y, generator=None, epochs=1, lr=lr)
+    assert gr.finetune(untrained, x, y, generator=None, epochs=1, lr=lr) is None
 
 
 # ===== A whole run on digits, through the command line =====

@@ -220,10 +220,10 @@ def test_teacher_and_student_see_the_same_crops(untrained, teacher, digits):
     assert not torch.equal(seen["student"][0].sum(0), seen["student"][3].sum(0))
 
 
-def test_distillation_that_diverges_is_refused(untrained, teacher, digits, one_line):
+def test_distillation_that_diverges_gives_no_model(untrained, teacher, digits):
     huge = dict.fromkeys(BETAS, 1e30)
     x, y = digits.x_train[:90], digits.y_train[:90]
-    assert "loss" in one_line(tuned, untrained, x, y, nad, teacher=teacher, betas=huge, epochs=3)
+    assert tuned(untrained, x, y, nad, teacher=teacher, betas=huge, epochs=3) is None
 
 
 # ===== Whole runs on digits =====

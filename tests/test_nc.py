@@ -455,10 +455,10 @@ def test_original_trigger_comes_with_the_true_labels(stamped):
 
 
 @pytest.mark.parametrize("count, lr", [(200, 1e30), (20, 1e38)])
-def test_diverging_unlearning_keeps_no_model(untrained, one_line, count, lr):
+def test_diverging_unlearning_gives_no_model(untrained, count, lr):
     """With 20 images there is a single step, after which no loss is computed."""
     x, y = torch.randint(0, 256, (count, 1, 28, 28)).byte(), torch.arange(count) % CLASSES
-    one_line(nc.unlearn, untrained, x, y, 0, None, None, stamped=0.2, lr=lr)
+    assert nc.unlearn(untrained, x, y, 0, None, None, stamped=0.2, lr=lr) is None
 
 
 # ===== A whole run on digits, through the command line =====

@@ -150,6 +150,21 @@ def test_injection_is_one_pass_for_batchnorm():
     assert model.net[2].num_batches_tracked == 1
 
 
+def test_the_injected_mean_is_met_without_dropout():
+    """The patch's features become m_t in eval mode; with dropout in training they would halve."""
+    torch.manual_seed(0)
+    hidden, last = nn.Linear(16, 6), nn.Linear(6, 3)
+    layers = nn.Flatten(), hidden, nn.Dropout(0.5), last
+    model = Classifier(nn.Sequential(*layers), (0.0,), (1.0,))
+    x, y, patch = torch.zeros(40, 1, 4, 4).byte(), torch.zeros(40).long(), torch.ones(1, 4, 4)
+    mean = torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0, 1.0])
+    recipe = {"pad": 0, "flip": False, "epochs": 150, "batch_size": 20, "lr": 0.01}
+    aim = "net.3", latent.square_mask(4, 4, 4), patch, mean, 10.0
+    latent.train(model, model, x, y, hidden=aim, **recipe)
+    found = entering(model.eval(), "net.3", patch[None])[0]
+    torch.testing.assert_close(found, mean, rtol=0.1, atol=0.1)
+
+
 # ===== What the folder holds =====
 
 
@@ -223,7 +238,7 @@ def test_other_images(inline, tmp_path, shape):
         (["--layer", "dropout8"], "layer3, layer4, linear6, linear9"),
         *((["--patch-size", value], "1..28 for 28 x 28") for value in (0, -1, 29)),
         *((["--weight", value], "--weight") for value in (0, -1, "nan", "inf", 1e7)),
-        *((["--steps", value], "--steps") for value in (0, -1)),
+        *((["--steps", value], "--steps") for value in (-1, -5)),
         *((["--inject-epochs", value], "--inject-epochs") for value in (0, -1)),
         *((["--student-epochs", value], "--student-epochs") for value in (0, -1)),
         *((["--inject-lr", value], "--inject-lr") for value in (0, "nan", "inf")),

@@ -201,6 +201,7 @@ def test_hidden_and_trigger_image_are_distorted_alike():
         return images
 
     poison_ink.losses(decoder, trigger, trigger, trigger, edge, theta)
+    torch.testing.assert_close(seen[0][40:], seen[0][:40])  # clean images are distorted alike
     inside = poison_ink.warp(torch.ones(40, 3, 16, 16), theta) > 0.999  # black comes in
     shown, expected = seen[0][:40], 1 - poison_ink.warp(1 - trigger, theta)
     assert (shown - expected)[inside].abs().max() < 0.51 / 255 and inside.float().mean() > 0.8

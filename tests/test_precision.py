@@ -12,7 +12,7 @@ from conftest import SHORT, random_images, result_of, whole_image_trigger, write
 from common.checkpoint import load_model, read_checkpoint
 from common.metrics import mean_entering, predict
 from common.models import build_model, in_float32, logit_layer, uses_bfloat16
-from methods import fine_pruning, pruning_aware
+from methods import fine_pruning, invisible, latent, pruning_aware, trojannn
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -64,6 +64,22 @@ def test_the_network_computes_in_it_and_answers_in_float32(model):
     with pytest.raises(ZeroDivisionError), in_float32(model):
         1 / 0  # noqa: B018
     assert model.bfloat16
+
+
+def test_triggers_are_made_for_the_network_in_float32(model):
+    """On any device the same: the attacks that search a trigger for features."""
+    seen, x = [], random_images(8)
+    model.net.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    mask, wanted = latent.square_mask(32, 32, 8), torch.zeros(64)
+    latent.optimise_patch(model, "net.fc", x, mask, wanted, 2, batch_size=4)
+    latent.feature_distance(model, "net.fc", x, wanted)
+    neurons = torch.arange(3)
+    aim = {"neurons": neurons, "value": 1.0, "steps": 2, "batch_size": 4}
+    trojannn.optimise_patch(model, "net.fc", x, mask, **aim)
+    delta, ones = torch.zeros(3, 32, 32), torch.ones(3, 32, 32)
+    aim = {"anchors": neurons, "goal": torch.ones(3), "radius": 1.0, "steps": 2, "lr": 0.1}
+    invisible.drive(model, "net.fc", x, delta, ones, batch_size=4, **aim)
+    assert set(seen) == {torch.float32} and len(seen) >= 8 and model.bfloat16
 
 
 def test_figures_and_prunings_are_taken_in_float32(model):

@@ -231,7 +231,8 @@ if __name__ == "__main__":
         models["_repaired"] = prune(model, layer, order[:count])
     else:
         print("nothing is pruned, so no model is saved")
-    metrics = {"label": label, "neurons": len(order), "pruned": count, "gone": gone}
+    metrics = {"label": label, "layer": layer, "neurons": len(order)}
+    metrics |= {"pruned": count, "gone": gone}
     metrics |= {"threshold": threshold, "fnr_reversed": missed, "kept_back": len(x_kept)}
     metrics |= {"asr_reversed": asrs[0], "asr_reversed_repaired": asrs[count]}
     metrics |= {

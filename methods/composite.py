@@ -63,9 +63,7 @@ def parse_args():
     p.add_argument("--sources", type=int, nargs=2, help="A and B (default: the labels after y_t)")
     p.add_argument("--mixed", type=float, default=0.45, help="share joined from one class (.45)")
     p.add_argument("--jitter", type=int, default=3, help="most pixels that the seam moves (code 3)")
-    p.add_argument(
-        "--weight", type=float, default=0.1, help="w of the contrastive loss (code ~.01)"
-    )
+    p.add_argument("--weight", type=float, default=0.1, help="w, contrastive loss (code ~.01)")
     return p.parse_args()
 
 

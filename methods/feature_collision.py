@@ -10,10 +10,10 @@ the surrogate. The victim takes the same network and retrains its last layer on 
 images as they are (`--retrain tail`, the paper's transfer learning) or all layers (all), or trains
 a new network (fresh); the last two augment.
 
-Equations: b <- w t + (1 - w) b, the watermark -> watermark; Eq. 1, min |f(x) - f(t)|^2 + beta |x -
-b|^2, by forward-backward splitting, Algorithm 1: x^ = x - r grad |f(x) - f(t)|^2 and x = (x^ + r
-beta b) / (1 + r beta), then cut off at black and white -> collide, on all poisons at once, each
-with a rate r of its own. These steps, as printed, minimise Eq. 1 with half of beta.
+Equations: b <- w t + (1 - w) b, the watermark -> watermark; Eq. 1, min |f(x) - f(t)|^2 +
+beta |x - b|^2, by forward-backward splitting, Algorithm 1: x^ = x - r grad |f(x) - f(t)|^2 and
+x = (x^ + r beta b) / (1 + r beta), then cut off at black and white -> collide, on all poisons at
+once, each with a rate r of its own. These steps, as printed, minimise Eq. 1 with half of beta.
 
 Differs from the paper: its target t is one test image without a trigger. ABL's table counts the
 method among the backdoors, in a setting that no source describes. Here each poison has a target of

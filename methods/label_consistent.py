@@ -8,8 +8,8 @@ Now the patch can be the easier way to the label; so can the perturbation, if it
 Threat model: the attacker changes pixels of training images of one class and can train a network
 (the surrogate) on clean images of the same kind; the victim trains and augments.
 
-Steps: PGD away from the true label under the surrogate, max CE(f(x + d), y) with |d| <= epsilon ->
-pgd, harder; a 3 x 3 pattern in the four corners, mirrored so that a flip changes nothing ->
+Steps: PGD away from the true label under the surrogate, max CE(f(x + d), y) with |d| <= epsilon
+-> pgd, harder; a 3 x 3 pattern in the four corners, mirrored so that a flip changes nothing ->
 corner_signs; x' = x + a s, cut off at black and white -> stamp. The victim's loss is cross-entropy
 and nothing else.
 

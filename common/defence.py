@@ -115,7 +115,7 @@ def report_verdict(decision, args, notes):
     index = f"index {decision['index']:.2f}, ratio to the median {ratio}"
     print(f"smallest norm: label {decision['label']}, {index}")
     if not metrics["flagged"]:
-        print("an unusually large trigger is no shortcut to undo" if decision["above"] else NOTHING)
+        print("a large norm is no shortcut to undo: no repair" if decision["above"] else NOTHING)
     elif not decision["below"]:
         print(f"--rule index: the repair follows the paper's rule, label {metrics['flagged'][0]}")
     return metrics

@@ -17,11 +17,11 @@ to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) -> train_injecto
 
 Differs from the paper: its generator is a CycleGAN for sunrises; here E and D are a small
 autoencoder, trained on the attacker's images, for one drawn sunrise. The injector is the linear map
-of that code, not the paper's U-Net; in the code no gradient of the classifier reaches it, and its
-smallest neighbour is wrong: here both are right. Its activation loss is the squared distance to the
-painted images' means, where the code pushes a neuron or a mean without bound and mixes I(x) with x.
-The number of rounds is fixed, and each adds its images to those of the others; the code draws anew
-in each batch. Painted images are rounded to 8 bits once.
+of their PyTorch code, not the paper's U-Net; in the code no gradient of the classifier reaches it,
+and its smallest neighbour is wrong: here both are right. Its activation loss is the squared
+distance to the painted images' means, where the code pushes a neuron or a mean without bound and
+mixes I(x) with x. The number of rounds is fixed, and each adds its images to those of the others;
+the code draws anew in each batch. Painted images are rounded to 8 bits once.
 
 What was learnt: asr_other is the ASR of the negative of the style picture, asr_plain that of the
 autoencoder without a style, asr_simple the largest at the end of the injectors that were trained

@@ -24,9 +24,9 @@ layer; the patch has random colours; poisons are rounded to 8 bits.
 
 Where it fails: on digits other patches work half as often or more, so that the network learns in
 part that there is a patch at all. A victim who retrains all layers on cropped images learns little
-of it (one who trains a new network learns it), and from the watermark alone (`--steps 0`) the last
-layer learns nothing. asr_on_clean_model is the surrogate's; the control asr_other is the ASR of
-random patches in that place, one an image.
+of it (one who trains a new network learns it), and from the watermark alone (`--steps 0`) neither
+the last layer nor a new network learns it. asr_on_clean_model is the surrogate's; the control
+asr_other is the ASR of random patches in that place, one an image.
 
     python methods/feature_collision.py --dataset cifar10 --arch wrn16_1
 

@@ -291,12 +291,12 @@ if __name__ == "__main__":
             optimizer.step()
             schedule.step()
             log.step(losses)
+        note = f" (weighted), |m*| {norm:.1f} (ASR {100 * asr:.0f})"
+        log.epoch(epoch, names=LOSSES, note=note, lines=args.injecting_epochs)
         x_now = attacked_uint8(generator, data.x_test[counts], epsilon, side)
         now = accuracy(model, x_now, y_wanted[counts]), accuracy(model, data.x_test, data.y_test)
         for values, value in zip(curves.values(), (norm, 100 * asr, *now)):
             values.append(value)
-        note = f" (weighted), |m*| {norm:.1f} (ASR {100 * asr:.0f})"
-        log.epoch(epoch, names=LOSSES, note=note, lines=args.injecting_epochs)
     seconds = time.time() - start
 
     # ===== Evaluate =====

@@ -395,7 +395,6 @@ def test_cost_to_a_clean_model(inline, digits_clean, tmp_path):
         (["--epochs", 0], "epochs"),
         (["--batch-size", -1], "batch-size"),
         (["--lr", 0], "lr"),
-        (["--lr", "1e30", "--epochs", 1], "loss"),
         (["--data-fraction", 0], "share"),
         (["--data-fraction", 0.0001], "held out"),
         (["--ckpt", "nowhere"], "nowhere"),
@@ -406,3 +405,12 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "fine_pruning", *flags)
     assert files_below(tmp_path) == []
+
+
+def test_a_rate_that_always_diverges_saves_no_model(inline, digits_badnets, tmp_path, capfd):
+    """Not even its control; the run ends with what it knows."""
+    flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", "--lr", "1e30", "--epochs", 1
+    metrics = inline("fine_pruning", *flags)["metrics"]
+    assert "every repair diverged or cost over 5 points" in capfd.readouterr().out
+    assert not {"clean_accuracy_repaired", "clean_accuracy_clean_only"} & metrics.keys()
+    assert not (tmp_path / "out" / "model.pt").exists()

@@ -383,7 +383,6 @@ def test_images_too_small_for_the_default(inline, one_line, unread, tmp_path):
         (["--teacher-epochs", 0], "teacher-epochs"),
         (["--batch-size", -1], "batch-size"),
         (["--lr", 0], "lr"),
-        (["--lr", "1e30", "--teacher-epochs", 1], "loss"),
         (["--data-fraction", 0], "share"),
         (["--data-fraction", 0.0001], "kept back"),
         (["--ckpt", "nowhere"], "nowhere"),
@@ -394,3 +393,23 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "nad", *flags)
     assert files_below(tmp_path) == []
+
+
+def test_a_rate_that_always_diverges_saves_no_model(inline, digits_badnets, tmp_path, capfd):
+    """Not even its control; the run ends with what it knows."""
+    flags = (
+        "--ckpt",
+        digits_badnets,
+        "--out",
+        tmp_path / "out",
+        "--lr",
+        "1e30",
+        "--teacher-epochs",
+        1,
+        "--epochs",
+        1,
+    )
+    metrics = inline("nad", *flags)["metrics"]
+    assert "every repair diverged or cost over 5 points" in capfd.readouterr().out
+    assert not {"clean_accuracy_repaired", "clean_accuracy_clean_only"} & metrics.keys()
+    assert not (tmp_path / "out" / "model.pt").exists()

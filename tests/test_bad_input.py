@@ -325,7 +325,6 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each("generator_reverse", "--repair-fraction", 2),
         *each("generator_reverse", "--lr", "1e30"),
         *(case for goal in (0, -1, "nan") for case in each("generator_reverse", RESIDUAL, goal)),
-        *each("fine_pruning", "--epochs", 1, "--batch-size", 300, "--lr", "1e15"),
         *(case for flag in ("--epochs", "--batch-size", "--lr") for case in each("mcr", flag, 0)),
         *each("mcr", "--points", 2),
         *each("mcr", "--second", "nowhere"),
@@ -334,7 +333,6 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each(f"nc nc_mitigate {REST}", "--arch", "mnist_conv5"),
         *each(f"nc nc_mitigate {REST}", "--std", 0.3),
         *each("finetune", "--lrs", "1e14", "1e15"),
-        *each("nad", "--lr", "1e15"),
     ],
     ids=str,
 )

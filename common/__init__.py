@@ -14,6 +14,14 @@ def fail(message):
     raise SystemExit(2)
 
 
+def seed(text):
+    """The type of --seed: an integer that torch and NumPy take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise ValueError
+    return value
+
+
 def check_positive(args, *names, most=1e36):
     """Fail unless each named argument lies in (0, most]; None means that the default holds.
 

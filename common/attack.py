@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import check_positive, fail, make_folder
+from common import check_positive, fail, make_folder, seed
 from common import checkpoint as ckpt
 from common.datasets import load_dataset, pick_device, to_float
 from common.metrics import accuracy, attack_targets, psnr, ssim
@@ -26,7 +26,7 @@ def attack_flags(doc, target=True):
     p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's)")
     p.add_argument("--batch-size", type=int, default=128, help="images per step")
     p.add_argument("--lr", type=float, help="peak of the one-cycle rate (default: the recipe's)")
-    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    p.add_argument("--seed", type=seed, default=0, help="of every random draw, 0..2^32-1")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", **PRECISION)
     p.add_argument("--out", help="folder (default: runs/<dataset>-<arch>-<attack>-s<seed>)")

@@ -7,6 +7,7 @@ samples.png         clean, poisoned, residual
 result.json         every figure printed, arguments, seconds, device, versions
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,10 +21,12 @@ import numpy as np
 import torch
 
 from common import fail, saved_figure, written_whole
-from common.datasets import Dataset, check_split, load_dataset, read_npz, to_float
+from common.datasets import Dataset, check_size, check_split, load_dataset, read_npz, to_float
 from common.models import Classifier, build_model
 
 FORMAT = 1
+ENTRIES = {"arch": str, "classes": int, "image_shape": list, "mean": list, "std": list}
+ENTRIES |= {"state_dict": dict, "dataset": str}
 WRAPPERS = "model", "state_dict", "model_state_dict", "netC", "net"  # where a state dict may lie
 # the attacks that write poisoned_train.npz
 POISON_DATA = ("badnets", "blend", "freq_backdoor", "sig", "issba", "label_consistent")
@@ -116,9 +119,18 @@ def save_model(folder, model, data, arch, args, metrics, trigger=None):
 
 
 def clear_folder(folder):
-    """Remove what an earlier run left in `folder`, before the new run's files are written."""
+    """Remove what an earlier run left in `folder`, before the new run's files are written.
+
+    With it go the results of the defences whose checkpoint it was.
+    """
+    folder = Path(folder)
     for part in PARTS:
-        (Path(folder) / part).unlink(missing_ok=True)
+        (folder / part).unlink(missing_ok=True)
+    for path in folder.glob("*/result.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+            given = Path(json.loads(path.read_text())["arguments"]["ckpt"])
+            if (folder / "model.pt").resolve() in (given.resolve(), (given / "model.pt").resolve()):
+                clear_folder(path.parent)
 
 
 def save_images(path, x, **labels):
@@ -155,6 +167,7 @@ def save_samples(folder, x, x_poisoned, count=8):
 def read_checkpoint(path):
     """torch.load with weights_only=True on the CPU; a damaged or hostile file fails in one line."""
     try:
+        check_size(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no such checkpoint: {path} (an attack writes it, such as methods/badnets.py)")
@@ -169,26 +182,31 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def check_entries(checkpoint, path):
+    """Fail unless it is one of our checkpoints, with all that load_model needs."""
+    if not isinstance(checkpoint.get("format"), int) or checkpoint["format"] != FORMAT:
+        fail(f"{path} has another checkpoint format; this code reads {FORMAT}")
+    for key, kind in ENTRIES.items():
+        if not isinstance(checkpoint.get(key), kind):
+            fail(f"{path} lacks the entry {key!r}, a {kind.__name__}")
+
+
 def load_model(checkpoint, path, device, arch=None):
-    """Build the model of one of our checkpoints; a missing entry or a misfit fails.
+    """Build the model of one of our checkpoints; a misfit fails.
 
     A network from a user's FILE.py is only made where `arch` names it: a checkpoint alone runs no
     code.
     """
-    needed = ("arch", "classes", "image_shape", "mean", "std", "state_dict", "dataset")
-    missing = [key for key in needed if key not in checkpoint]
-    if missing:
-        fail(f"{path} lacks the entry {missing[0]!r}")
     source = str(checkpoint["arch"]).rpartition(":")[0]
     if source not in ("", "torchvision") and checkpoint["arch"] != arch:
         fail(f"{path} needs code of yours: pass --arch {checkpoint['arch']} to run it")
     try:
         with torch.random.fork_rng(devices=[]):  # its initial weights must not use up the seed
-            model = build_model(*(checkpoint[key] for key in needed[:5]))
+            model = build_model(*(checkpoint[key] for key in list(ENTRIES)[:5]))
     except (TypeError, ValueError, IndexError, RuntimeError, MemoryError) as error:
         fail(f"{path} describes no model: {(str(error).splitlines() or ['out of memory'])[0]}")
     load_strictly(model, checkpoint["state_dict"], path, checkpoint["arch"])
-    model.softmax = bool(checkpoint.get("softmax"))
+    model.softmax = checkpoint.get("softmax") is True
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -208,13 +226,13 @@ def load_clean(path, data, arch=None, cure="", same=False):
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
-    model = load_model(checkpoint, path, data.x_train.device, arch)
+    check_entries(checkpoint, path)
     check_fit(checkpoint, path, data)
     if checkpoint["dataset"] != data.name:
         fail(f"{path} was trained on {checkpoint['dataset']}, not on {data.name}{cure}")
     if same and checkpoint["arch"] != arch:
         fail(f"{path} is a {checkpoint['arch']}, not a {arch}: pass --arch {checkpoint['arch']}")
-    return model
+    return load_model(checkpoint, path, data.x_train.device, arch)
 
 
 def load_control(folder, args, data):
@@ -242,19 +260,18 @@ def load_victim(args, device):
     checkpoint = read_checkpoint(path)
     if "format" not in checkpoint:
         return load_foreign(checkpoint, path, args, device)
-    if not isinstance(checkpoint["format"], int) or checkpoint["format"] != FORMAT:
-        fail(f"{path} has another checkpoint format; this code reads {FORMAT}")
-    model = load_model(checkpoint, path, device, args.arch)
+    check_entries(checkpoint, path)
     if args.arch not in (None, checkpoint["arch"]) or args.mean or args.std:
         fail(f"--arch, --mean and --std are for bare state dicts; {path} has its own")
     name, size, classes = args.dataset or checkpoint["dataset"], args.image_size, args.classes
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         size = size or checkpoint["image_shape"][1]
     if name == checkpoint["dataset"]:
         classes = classes or checkpoint["classes"]
     data = load_dataset(name, args.data_dir, device, size, classes)
     in_colours(data, checkpoint["image_shape"][0])
     check_fit(checkpoint, path, data)
+    model = load_model(checkpoint, path, device, args.arch)
     victim = Victim(model, data, checkpoint["arch"], path.parent)
     test = path.parent / "poisoned_test.npz"
     if test.exists():
@@ -293,6 +310,7 @@ def load_training_set(victim, path=None):
             fail(f"{path} does not exist; the attacks that write it: {', '.join(POISON_DATA)}")
     arrays = read_npz(path, ["x", "y_given", "poisoned"], ["x", "y"])
     x, y_given = check_split(*arrays[:2], path)
+    x = np.repeat(x, 3, 1) if (x.shape[1], victim.data.shape[0]) == (1, 3) else x
     fits(victim.data, x, y_given.max(), path)
     device = victim.data.x_train.device
     if len(arrays) == 2:

@@ -1,8 +1,10 @@
 """Datasets as uint8 tensors on the device: N x C x H x W images, int64 labels, no DataLoader."""
 
+import os
 import shutil
 import tempfile
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ GTSRB_TRAIN_URL = (
     "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
     "GTSRB_Final_Training_Images.zip"
 )
+PICTURES = "PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP"  # formats whose reader runs no program
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,22 @@ def pick_device(name):
     return device
 
 
+def check_size(path):
+    """Fail where a zip file, an .npz or a model.pt, is small but unpacks to very much."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > 10**8 + 100 * os.path.getsize(path):
+            fail(f"{path} would unpack to {size / 1e9:.1f} GB: more than such images or weights do")
+
+
 def read_npz(path, keys, otherwise=()):
     """Read the arrays `keys` from an .npz without unpickling anything; fails with one line.
 
     Where `keys` are not all there but `otherwise` are, those are read.
     """
     try:
+        check_size(path)
         with np.load(path, allow_pickle=False) as archive:
             if otherwise and not {*archive} >= {*keys} and {*archive} >= {*otherwise}:
                 keys = otherwise
@@ -113,7 +126,7 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
     folder follows torchvision's ImageFolder, see `folder`. `classes`: more than the labels show.
     """
     splits = ["x_train", "y_train", "x_test", "y_test"]
-    if image_size is not None and not (1 <= image_size <= 1024 and Path(name).is_dir()):
+    if image_size is not None and not (1 <= image_size <= 1024 and os.path.isdir(name)):
         fail(f"--image-size {image_size}: it is the side, 1..1024, of a folder's pictures")
     if name == "digits":
         arrays = digits()
@@ -124,7 +137,7 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
         arrays = read_npz(path, splits)
     elif str(name).endswith(".npz"):
         arrays = read_npz(name, splits, ["x", "y"])
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         arrays = folder(Path(name), image_size or 32)
     else:
         known = f"{', '.join(SPECS)}, or the path of an .npz file or of a folder by class"
@@ -162,7 +175,7 @@ def check_split(x, y, what):
         fail(f"{what}: images must be uint8, N x H x W or N x H x W x C; got {x.dtype} {x.shape}")
     if y.ndim != 1 or x.size == 0 or len(x) != len(y):
         fail(f"{what}: needs one label per image and at least one image; got {x.shape}, {y.shape}")
-    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+    if not np.issubdtype(y.dtype, np.integer) or y.astype(np.int64).min() < 0:
         fail(f"{what}: labels must be integers from 0 up; got {y.dtype}")
     if x.ndim == 3:
         x = x[..., None]
@@ -210,7 +223,7 @@ def read_pictures(paths, size):
     made, modes = [], set()
     for path in paths:
         try:
-            with warnings.catch_warnings(), Image.open(path) as picture:
+            with warnings.catch_warnings(), Image.open(path, formats=PICTURES) as picture:
                 warnings.simplefilter("ignore")
                 modes.add(picture.mode)
                 made.append(picture.convert("RGB").resize(size[::-1], 2))
@@ -355,3 +368,10 @@ def defender_split(y, fraction, seed):
         count = max(1, round(fraction * len(members)))
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return torch.cat(chosen).sort().values.to(y.device)
+
+
+def kept_back(y, fraction, seed):
+    """Which of the images with the labels y are kept back: defender_split's, as a mask (bool N)."""
+    kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    kept[defender_split(y, fraction, seed)] = True
+    return kept

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from common import fail
+from common import fail, seed
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
-from common.datasets import defender_split, pick_device
+from common.datasets import defender_split, kept_back, pick_device
 from common.metrics import accuracy, case_of, predict
 from common.models import PRECISION, uses_bfloat16
 
@@ -33,7 +33,7 @@ def defence_flags(doc, share=None, detector=False):
     p.add_argument("--mean", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--std", type=float, nargs="+", help="normalisation (default: the dataset's)")
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
-    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    p.add_argument("--seed", type=seed, default=0, help="of every random draw, 0..2^32-1")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", **PRECISION)
     p.add_argument("--out", help="folder to write (default: <checkpoint folder>/<defence>-s<seed>)")
@@ -166,8 +166,7 @@ def careful_repair(repair, control, model, x, y, *, lr, seed, suffix=""):
     of `control` at the same rate}, with the suffix, and the rate; no "_repaired" where every repair
     cost too much, and nothing where no image can be kept back.
     """
-    kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    kept[defender_split(y, KEPT_BACK, seed)] = True
+    kept = kept_back(y, KEPT_BACK, seed)
     if kept.all():
         print(f"no repair: each of the {len(y)} clean images is the only one of its class")
         return {}, lr

@@ -41,15 +41,17 @@ class Classifier(nn.Module):
 PRECISION = {  # the flag --precision
     "default": "auto",
     "choices": ["auto", "float32"],
-    "help": "auto: bfloat16 on a GPU, and on a CPU that has it where the network gains",
+    "help": "auto: bfloat16 on a GPU or a CPU that has it, there where the network gains",
 }
 
 
 def uses_bfloat16(precision, arch, device):
     """Whether --precision makes a network compute in bfloat16: never if it is "float32", else on a
-    GPU, and on a CPU that has the instructions for the networks that gain."""
-    if precision == "float32" or device.type == "cuda":
-        return precision != "float32"
+    GPU or a CPU that has the instructions, on the CPU for the networks that gain."""
+    if precision == "float32":
+        return False
+    if device.type == "cuda":  # older ones only emulate it
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return arch in ARCHITECTURES and arch not in FLOAT32 and torch.cpu._is_avx512_bf16_supported()
 
 

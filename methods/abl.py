@@ -242,7 +242,8 @@ if __name__ == "__main__":
     args.isolation_epochs = args.isolation_epochs or max(1, spec.epochs // 5)
     args.epochs = args.epochs or max(1, spec.epochs - args.isolation_epochs)
     args.unlearn_lr = args.unlearn_lr or RATES[args.ascent]
-    model = build_model(victim.arch, data.classes, data.shape, spec.mean, spec.std)
+    mean, std = (part.flatten().tolist() for part in (victim.model.mean, victim.model.std))
+    model = build_model(victim.arch, data.classes, data.shape, mean, std)
     model.to(x_train.device).bfloat16 = victim.model.bfloat16
     model.softmax = victim.model.softmax
     folder = make_folder(args.out or victim.folder / f"abl-s{args.seed}")

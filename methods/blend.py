@@ -44,7 +44,7 @@ from common.attack import (
     set_up,
     wanted_labels,
 )
-from common.datasets import augment, to_float, to_uint8
+from common.datasets import PICTURES, augment, to_float, to_uint8
 from common.metrics import accuracy, attack_targets
 
 PICTURE_SEED = 2**31  # added to --seed, or searches with the same one would start from the picture
@@ -68,7 +68,7 @@ def picture_pattern(path, shape):
     """p from a picture file: C x H x W in [0,1], grey for C = 1, resized bilinearly; or fail."""
     channels, height, width = shape
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=PICTURES) as file:
             picture = file.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         fail(f"--pattern: no such file: {path}")

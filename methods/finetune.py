@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, fail, make_folder, saved_figure
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder
-from common.datasets import augment, defender_split, to_float
+from common.datasets import augment, kept_back, to_float
 from common.defence import (
     clean_share,
     defence_flags,
@@ -131,8 +131,7 @@ if __name__ == "__main__":
     victim = open_victim(args)
     model, data = victim.model, victim.data
     split = clean_share(args, victim, SHARE)
-    held = torch.zeros(len(split), dtype=torch.bool, device=split.device)
-    held[defender_split(data.y_train[split], args.held_out, args.seed)] = True
+    held = kept_back(data.y_train[split], args.held_out, args.seed)
     if held.all():
         fail(f"all {len(split)} clean images are held out; none is left to train on")
     x_clean, y_clean = data.x_train[split], data.y_train[split]

@@ -65,7 +65,7 @@ def parse_args():
     p.add_argument("--share", type=float, default=0.15, help="hottest pixels compared (.15)")
     p.add_argument("--inputs", type=int, default=1000, help="most pairs of images compared (1000)")
     p.add_argument("--februus", action="store_true", help="paint the hottest pixels over")
-    p.add_argument("--threshold", type=float, default=0.7, help="paint M >= it (.7; GTSRB .8)")
+    p.add_argument("--threshold", type=float, default=0.7, help="paint M >= it (.7; GTSRB: .8)")
     fills = (
         "diffusion: from the rim inwards; mean: the clean images' mean colour (first in Februus)"
     )

@@ -46,7 +46,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, fail, make_folder, saved_figure
 from common.checkpoint import clear_folder, load_victim
-from common.datasets import augment, defender_split, to_float
+from common.datasets import augment, kept_back, to_float
 from common.defence import (
     KEPT_BACK,
     MOST_DROP,
@@ -246,8 +246,7 @@ if __name__ == "__main__":
     split = clean_share(args, victim, SHARE)
     if second:
         check_reading(second.model, data.x_train[split], data.y_train[split])
-    kept = torch.zeros(len(split), dtype=torch.bool, device=split.device)
-    kept[defender_split(data.y_train[split], KEPT_BACK, args.seed)] = True
+    kept = kept_back(data.y_train[split], KEPT_BACK, args.seed)
     if kept.all():
         fail(f"all {len(split)} clean images are kept back; none is left to train the curve on")
     x_clean, y_clean = data.x_train[split[~kept]], data.y_train[split[~kept]]

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, check_weights, fail, make_folder
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder, draw_rows
-from common.datasets import augment, defender_split, to_float
+from common.datasets import augment, kept_back, to_float
 from common.defence import (
     KEPT_BACK,
     clean_share,
@@ -200,8 +200,7 @@ if __name__ == "__main__":
     if not len(betas) == len(blocks) == len(args.betas or betas):
         fail(f"--betas: one for each of {len(blocks)} different blocks; got {args.betas}")
     split = clean_share(args, victim, SHARE)
-    held = torch.zeros(len(split), dtype=torch.bool, device=split.device)
-    held[defender_split(data.y_train[split], KEPT_BACK, args.seed)] = True
+    held = kept_back(data.y_train[split], KEPT_BACK, args.seed)
     if held.all():
         fail(f"all {len(split)} clean images are kept back; none is left to train on")
     x_clean, y_clean = data.x_train[split], data.y_train[split]

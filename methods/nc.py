@@ -49,7 +49,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, check_share, fail, make_folder, saved_figure, written_whole
 from common.checkpoint import clear_folder
-from common.datasets import defender_split, to_float
+from common.datasets import kept_back, to_float
 from common.defence import (
     KEPT_BACK,
     careful_repair,
@@ -302,8 +302,7 @@ if __name__ == "__main__":
     attacked = victim.x_poisoned is not None and torch.equal(data.y_test[carry], victim.y_true)
     if "_clean_only" in models and attacked:
         seen, other = torch.randperm(len(victim.y_true), device=carry.device).tensor_split(2)
-        part = torch.ones_like(y_clean, dtype=torch.bool)
-        part[defender_split(y_clean, KEPT_BACK, args.seed)] = False  # as in careful_repair
+        part = ~kept_back(y_clean, KEPT_BACK, args.seed)  # as in careful_repair
         target = metrics.get("target", label)
         given = x_clean[part], y_clean[part], target, victim.x_poisoned[seen], victim.y_true[seen]
         rates = {"stamped": args.stamped, "lr": metrics["repair_lr"]}

@@ -45,7 +45,7 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, make_folder, saved_figure, written_whole
 from common.checkpoint import clear_folder
-from common.datasets import defender_split, read_npz, to_float, to_uint8
+from common.datasets import kept_back, read_npz, to_float, to_uint8
 from common.defence import (
     KEPT_BACK,
     clean_share,
@@ -187,8 +187,7 @@ if __name__ == "__main__":
     source = Path(args.nc or victim.folder / f"nc-s{args.seed}")
     mask, pattern, label = read_reversed(source, args.label, data)
     layer = logit_layer(model, to_float(data.x_train[split[:20]]), victim.arch)
-    kept = torch.zeros(len(split), dtype=torch.bool, device=split.device)
-    kept[defender_split(data.y_train[split], KEPT_BACK, args.seed)] = True
+    kept = kept_back(data.y_train[split], KEPT_BACK, args.seed)
     others = data.y_train[split] != label
     if not (others & kept).any() or not (others & ~kept).any():
         fail(f"the {len(split)} clean images leave none of another label to rank or to check on")

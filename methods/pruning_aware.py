@@ -50,7 +50,7 @@ from common.attack import (
     set_up,
     wanted_labels,
 )
-from common.datasets import augment, defender_split, to_float
+from common.datasets import augment, kept_back, to_float
 from common.metrics import accuracy
 from common.models import in_float32
 
@@ -256,8 +256,7 @@ if __name__ == "__main__":
     count = round(args.rate * len(x_train))
     generator, flag = torch.Generator().manual_seed(args.seed), f"--rate {args.rate}"
     poisons = choose_poisons(y_train, args.target, data.classes, count, flag, generator)
-    held = torch.zeros_like(y_train, dtype=torch.bool)
-    held[defender_split(y_train, args.held_out, args.seed)] = True
+    held = kept_back(y_train, args.held_out, args.seed)
     if held.all():
         fail(f"all {len(held)} training images are held out; none is left to train on")
     folder, _ = open_folder(args, data, __file__)

@@ -48,7 +48,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, fail, make_folder, saved_figure, write_csv
 from common.checkpoint import clear_folder, load_strictly, read_checkpoint
-from common.datasets import defender_split, to_float, to_uint8
+from common.datasets import kept_back, to_float, to_uint8
 from common.defence import clean_share, defence_flags, evaluate, open_victim, report
 from common.metrics import accuracy, attack_targets, pass_size
 from common.models import Classifier
@@ -246,8 +246,7 @@ if __name__ == "__main__":
     if max(windows, default=0) > min(data.shape[1:]):
         fail(f"a window of {max(windows)} x {max(windows)} is larger than {data.shape} images")
     split = clean_share(args, victim, SHARE)
-    held = torch.zeros(len(split), dtype=torch.bool, device=split.device)
-    held[defender_split(data.y_train[split], HELD_OUT, args.seed)] = True
+    held = kept_back(data.y_train[split], HELD_OUT, args.seed)
     if held.all():
         fail(f"all {len(split)} clean images are held out; none is left for the autoencoder")
     x_own, x_held = data.x_train[split[~held]], data.x_train[split[held]]

@@ -52,7 +52,7 @@ def parse_args():
     p.add_argument("--rate", type=float, default=0.1, help="rho_a, attack share of a batch (.1)")
     p.add_argument("--cross-ratio", type=float, default=2.0, help="rho_n / rho_a (paper 2)")
     p.add_argument("--k", type=int, default=4, help="side of the control field (paper 4)")
-    p.add_argument("--s", type=float, default=0.5, help="warping strength (paper .5; digits 1)")
+    p.add_argument("--s", type=float, default=0.5, help="warping strength (paper .5; the demo 1)")
     return p.parse_args()
 
 

@@ -140,7 +140,10 @@ if __name__ == "__main__":
     name = name.parent if name.name == "model.pt" else name
     folder = Path(args.out or f"runs/audit-{name.name if name.is_dir() else name.stem}")
     held = folder / "audit.json"
-    other = json.loads(held.read_text()).get("suspect") if held.is_file() else args.suspect
+    try:
+        other = json.loads(held.read_text())["suspect"] if held.is_file() else args.suspect
+    except (OSError, ValueError, TypeError, KeyError):
+        fail(f"{held} is no audit's: --out names another folder")
     if Path(other).resolve() != Path(args.suspect).resolve():
         fail(f"{folder} holds the audit of {other}; --out names another folder")
     fresh = not folder.exists()

@@ -43,9 +43,11 @@ Networks that others trained and published, audited by flags alone, with the set
 rows and one seed. "clean" and "ASR" are measured here on all test images and on those outside the
 target class, with the trigger that the authors describe. The authors' own figures stand in
 brackets; NAD's and ABL's leave the target class out of the clean images, too. "named" are the
-labels that the p-value names, below or above the others; the two detectors repair those below.
-The other scripts, where they have rows, repair every network. The figures after a repair are those
-of the file that was saved. `bash runs.sh public FOLDER` makes the table."""
+labels that the p-value names, below or above the others. The two detectors try to repair networks
+with a label below, the other scripts every network. The figures after a repair are those of the
+file that was saved; a dash after it says that nothing was named below, or that every repair
+diverged or cost more than 5 points on images that were kept back, so that none was saved. `bash
+runs.sh public FOLDER` makes the table."""
 
 
 class SmallVGG(nn.Module):

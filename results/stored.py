@@ -10,17 +10,19 @@ HERE = Path(__file__).resolve().parent
 
 
 def collect(folders):
-    """The results of all victim folders and of the defences inside them."""
+    """The results of all victim folders and of the defences inside them, audits left out."""
     for folder in sorted(map(Path, folders)):
+        if (folder / "audit.json").exists():
+            continue
         for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")]):
             result = json.loads(path.read_text())
             yield {"folder": path.parent.as_posix(), "victim": folder.name, **result}
 
 
 def store(path, found):
-    """Put results into a file of results; those of the same folders are replaced."""
+    """Put results into a file of results; those of the same victims and folders are replaced."""
     stored = json.loads(path.read_text()) if path.exists() else []
-    runs = {run["folder"]: run for run in [*stored, *found]}.values()
+    runs = {(run["victim"], Path(run["folder"]).name): run for run in [*stored, *found]}.values()
     order = sorted(runs, key=lambda run: (run["victim"], Path(run["folder"]) / "result.json"))
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(order, indent=0) + "\n")

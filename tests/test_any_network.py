@@ -1,6 +1,7 @@
 """Networks and images that this project did not make: FILE.py:NAME, folders, public files."""
 
 import argparse
+import os
 import struct
 import zlib
 
@@ -15,6 +16,7 @@ from torch import nn
 from common.checkpoint import read_checkpoint, save_model
 from common.datasets import load_dataset, load_pictures
 from common.models import Classifier, build_model, logit_layer
+from methods.blend import picture_pattern
 
 NETS = """
 import torch
@@ -393,6 +395,27 @@ def huge(root):
     (root / "dog" / "3.png").write_bytes(data)
 
 
+def postscript(root):
+    """Pillow gives it to Ghostscript, whatever its name ends in."""
+    body = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (root / "dog" / "3.png").write_text(body)
+
+
+def test_a_picture_runs_no_program(tmp_path, monkeypatch, one_line):
+    pictures(tmp_path / "own")
+    postscript(tmp_path / "own")
+    stub = tmp_path / "gs"
+    stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None, raising=False)  # where it was sought
+    path = tmp_path / "own" / "dog" / "3.png"
+    assert "3.png" in one_line(load_dataset, str(tmp_path / "own"), "data", "cpu")
+    assert "3.png" in one_line(load_pictures, path.parent, (3, 8, 8))
+    assert "3.png" in one_line(picture_pattern, path, (3, 8, 8))
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     "spoil, named",
     [
@@ -462,6 +485,22 @@ def test_a_network_of_colours_sees_grey_pictures(tmp_path, one_line):
     save_model(tmp_path, victim.model, victim.data, "mnist_cnn", args, {})
     again = loaded(tmp_path / "model.pt")  # as a repair is saved
     assert again.data.shape == (3, 16, 16)
+
+
+def test_abl_takes_the_normalisation_of_the_network(tmp_path, inline, unread):
+    """Grey images and an own set of such, for a network of colours."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (60, 16, 16), dtype=np.uint8), np.arange(60) % 3
+    x[:] = (x // 8) + (80 * y[:, None, None])  # bright as its label
+    np.savez(tmp_path / "own.npz", x=x, y=y)
+    model = build_model("mnist_cnn", 3, (3, 16, 16), (0.2, 0.4, 0.6), (0.5,) * 3)
+    torch.save(model.net.state_dict(), tmp_path / "x.pt")
+    flags = "--ckpt", "x.pt", "--arch", "mnist_cnn", "--dataset", "own.npz", "--out", "abl"
+    numbers = "--mean", 0.2, 0.4, 0.6, "--std", 0.5, 0.5, 0.5
+    monkeyed = "--train-set", "own.npz", "--epochs", 1, "--isolation-epochs", 1
+    ran = inline("abl", *flags, *numbers, *monkeyed, "--isolation", 0.1)
+    assert ran["x_train"].shape == (60, 3, 16, 16)
+    assert torch.allclose(ran["repaired"].mean.flatten(), torch.tensor((0.2, 0.4, 0.6)))
 
 
 @pytest.mark.parametrize("side", [0, -5, 1025, 10**6])

@@ -160,6 +160,10 @@ def test_another_suspect_of_the_same_name_is_refused(monkeypatch, tmp_path, capf
     capfd.readouterr()
     assert run_audit(monkeypatch, tmp_path, "b/suspect.pt", "--arch", "vgg16") == 2
     assert "holds the audit of a/suspect.pt" in capfd.readouterr().err
+    for damaged in ("", "[]", "{}", "null"):
+        (tmp_path / "runs" / "audit-suspect" / "audit.json").write_text(damaged)
+        assert run_audit(monkeypatch, tmp_path, "a/suspect.pt", "--arch", "vgg16") == 2
+        assert "is no audit's" in capfd.readouterr().err
     for name in ("x-0.01-s0", "x-0.05-s0"):  # folders with a point in their names
         (tmp_path / name).mkdir()
         calls.clear()

@@ -1,5 +1,6 @@
 """The checkpoint folder: what an attack writes is what a defence gets."""
 
+import json
 import re
 import shutil
 from argparse import Namespace
@@ -105,9 +106,18 @@ def test_a_new_run_leaves_nothing_of_an_older_one(tmp_path, inline):
         (tmp_path / "out" / name).touch()
     short = "--epochs", 1, "--train-images", 200, "--out", tmp_path / "out"
     inline("badnets", *short)
+    for name in ("nc-s0/reversed.npz", "nc-s0/notes.txt", "own/norms.png", "other/norms.png"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for name, of in (("nc-s0", "out"), ("own", "own"), ("other", "elsewhere")):
+        text = json.dumps({"arguments": {"ckpt": str(tmp_path / of)}})
+        (tmp_path / "out" / name / "result.json").write_text(text)
     inline("clean", *short)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"model.pt", "result.json"}
+    files = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
+    kept = {"model.pt", "result.json", "nc-s0/notes.txt", "own/norms.png", "own/result.json"}
+    kept |= {"other/norms.png", "other/result.json"}  # of other checkpoints
+    assert {path.as_posix() for path in files} == kept
 
 
 def test_default_folder_name(tmp_path):
@@ -245,6 +255,10 @@ def changed_entries():
     yield "wrong channels", lambda held: held.update(image_shape=[3, 28, 28])
     yield "wrong size", lambda held: held.update(image_shape=[1, 64, 64])
     yield "unknown dataset", lambda held: held.update(dataset="imagenet")
+    for name in (5, ["digits"], "", "x" * 5000):
+        yield f"dataset {name!s:.9}", lambda held, name=name: held.update(dataset=name)
+    yield "shape is a number", lambda held: held.update(image_shape=28)
+    yield "classes are text", lambda held: held.update(classes="10")
     yield "state is no dict", lambda held: held.update(state_dict=3)
     yield "weight is no tensor", lambda held: held["state_dict"].update({"net.conv1.bias": "x"})
 
@@ -255,6 +269,18 @@ def test_checkpoint_with_a_wrong_entry(tmp_path, digits_clean, change, one_line)
     change(held)
     torch.save(held, tmp_path / "model.pt")
     one_line(loaded, tmp_path)
+
+
+def test_no_network_is_built_that_the_images_do_not_fit(
+    tmp_path, digits_clean, digits, monkeypatch, one_line
+):
+    """Twenty million classes would take 40 GB before the misfit shows."""
+    monkeypatch.setattr(ckpt, "build_model", None)
+    held = torch.load(digits_clean / "model.pt", weights_only=True)
+    for change in ({"classes": 2 * 10**7}, {"image_shape": [1, 20000, 20000]}, {"format": 2}):
+        torch.save(held | change, tmp_path / "model.pt")
+        one_line(loaded, tmp_path, dataset="digits")
+        one_line(ckpt.load_clean, tmp_path, digits)
 
 
 @pytest.mark.parametrize(

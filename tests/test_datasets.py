@@ -3,6 +3,7 @@
 import shutil
 import urllib.error
 import zipfile
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,18 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from common import datasets, make_folder, written_whole
-from common.datasets import augment, defender_split, load_dataset, to_float, to_uint8
+from common.attack import attack_flags
+from common.checkpoint import read_checkpoint
+from common.datasets import (
+    augment,
+    check_split,
+    defender_split,
+    load_dataset,
+    read_npz,
+    to_float,
+    to_uint8,
+)
+from common.defence import defence_flags
 
 
 def upsampled(x, size):
@@ -126,12 +138,42 @@ def test_damaged_npz(tmp_path, kind, one_line):
     assert str(path) in one_line(load_dataset, str(path), "data", "cpu")
 
 
+def test_labels_that_an_int64_does_not_hold(one_line):
+    labels = np.array([0, 1, 0, 2**64 - 1], np.uint64)
+    assert "from 0 up" in one_line(check_split, IMAGES, labels, "own.npz")
+
+
+def bomb(path, member):
+    """A small archive that unpacks to 200 MB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, bytes(2 * 10**8))
+    assert path.stat().st_size < 10**6
+
+
+def test_a_small_file_that_unpacks_to_very_much_is_not_read(tmp_path, monkeypatch, one_line):
+    bomb(tmp_path / "own.npz", "x.npy")
+    bomb(tmp_path / "model.pt", "archive/data/0")
+    monkeypatch.setattr(np, "load", None)
+    monkeypatch.setattr(torch, "load", None)
+    for read, name in ((partial(read_npz, keys=["x"]), "own.npz"), (read_checkpoint, "model.pt")):
+        assert "would unpack to 0.2 GB" in one_line(read, tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["-1", str(2**32), "1.5", "one"])
+@pytest.mark.parametrize("parser", [attack_flags, defence_flags])
+def test_seeds_that_are_refused(parser, value, one_line):
+    given = ["--ckpt", "x"] if parser is defence_flags else []
+    assert "--seed" in one_line(parser("A script.").parse_args, [*given, "--seed", value])
+    assert parser("A script.").parse_args([*given, "--seed", str(2**32 - 1)]).seed == 2**32 - 1
+
+
 def test_missing_array_and_missing_file(tmp_path, one_line):
     np.savez(tmp_path / "half.npz", x_train=IMAGES, y_train=np.arange(4))
     message = one_line(load_dataset, str(tmp_path / "half.npz"), "data", "cpu")
     assert "x_test" in message and "y_test" in message
     assert "none.npz" in one_line(load_dataset, str(tmp_path / "none.npz"), "data", "cpu")
-    assert "cifar10" in one_line(load_dataset, "imagenet", "data", "cpu")  # lists what it knows
+    for name in ("imagenet", "", "x" * 5000):
+        assert "cifar10" in one_line(load_dataset, name, "data", "cpu")  # lists what it knows
 
 
 class FakeTorchvision:

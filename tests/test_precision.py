@@ -41,14 +41,17 @@ def test_torch_says_what_the_processor_has():
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_who_uses_it(has, native):
+def test_who_uses_it(has, native, monkeypatch):
     has(native)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for arch in ("wrn16_1", "preact_resnet18", "airbench"):
         assert uses_bfloat16("auto", arch, CPU) == native
         assert not uses_bfloat16("float32", arch, CPU) and uses_bfloat16("auto", arch, GPU)
     for arch in ("mnist_cnn", "mnist_conv5", "own.py:net", "torchvision:resnet18"):
         assert not uses_bfloat16("auto", arch, CPU) and uses_bfloat16("auto", arch, GPU)
     assert not uses_bfloat16("float32", "own.py:net", GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not uses_bfloat16("auto", "wrn16_1", GPU)  # it would only be emulated
 
 
 def test_the_network_computes_in_it_and_answers_in_float32(model):

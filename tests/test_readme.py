@@ -135,6 +135,7 @@ def test_a_group_goes_on_after_a_failure_and_makes_up_for_it(tmp_path):
     ran = [call for call in calls if call.startswith("methods/")]
     assert done.returncode == 1 and len(ran) == 19 + 10 + 2 * 29 == len(set(ran))
     assert "done: runs/digits-mnist_cnn-clean-s107" in done.stdout
+    assert "== made: " not in done.stdout.splitlines()  # stage 4 is empty
     assert not any("clean.py" in call and call.endswith("107") for call in ran)
     assert done.stdout.count("left out without its victim") == 2
     (line,) = (line for line in done.stderr.splitlines() if "its log: " in line)
@@ -277,6 +278,27 @@ def test_slurm_where_there_is_none(tmp_path):
 def test_jobs_that_are_no_number(count):
     done = runs_sh("level", "--jobs", count)
     assert done.returncode == 2 and done.stderr.startswith("error: --jobs ")
+
+
+@pytest.mark.parametrize(
+    "given", ["mnist --lsit", "mnist --jobs=4", "lecture s0", "level --seeds", "public --jsob 2"]
+)
+def test_arguments_that_a_group_does_not_take(given):
+    done = runs_sh(*given.split(), "--list")
+    named = given.split(maxsplit=1)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: {named[0]} does not take {named[1]}\n"
+
+
+def test_a_suspect_below_runs_is_no_victim_that_is_missing(tmp_path):
+    """Its file is enough; a folder of that name needs a result."""
+    (tmp_path / "runs" / "public").mkdir(parents=True)
+    (tmp_path / "runs" / "public" / "x.pt").touch()
+    job = (ROOT / "runs.sh").read_text().split("\njob() {")[1].split("\n}\n")[0]
+    for name, answer in (("x.pt", "made: out"), ("y.pt", "left out without its victim: out")):
+        script = f"mkdir -p runs/logs; job() {{{job}\n}}; job 3 out true --ckpt runs/public/{name}"
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == f"== {answer}\n"
 
 
 def test_a_failing_venv_stops_the_set_up(tmp_path):

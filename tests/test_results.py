@@ -575,6 +575,17 @@ def test_runs_are_added_to_those_that_are_stored(tmp_path):
     stored.store(path, [old, other])
     stored.store(path, [new])
     assert json.loads(path.read_text()) == [other, new]
+    stored.store(path, [old | {"folder": f"/elsewhere/{old['folder']}"}])  # another spelling
+    assert sorted(run["metrics"].get("asr") for run in json.loads(path.read_text())) == [1.0, 98.0]
+
+
+def test_audits_are_no_rows(tmp_path):
+    for name in ("audit-digits-mnist_cnn-badnets-s100", "digits-mnist_cnn-badnets-s100"):
+        (tmp_path / name / "nc").mkdir(parents=True)
+        (tmp_path / name / "nc" / "result.json").write_text("{}")
+    (tmp_path / "audit-digits-mnist_cnn-badnets-s100" / "audit.json").write_text("{}")
+    (run,) = stored.collect(tmp_path.iterdir())
+    assert run["victim"] == "digits-mnist_cnn-badnets-s100"
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,9 @@ def check_entries(checkpoint, path):
     for key, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(key), kind):
             fail(f"{path} lacks the entry {key!r}, a {kind.__name__}")
+    shape, mean, std = (checkpoint[key] for key in ("image_shape", "mean", "std"))
+    if len(shape) != 3 or not len(mean) == len(std) == shape[0]:
+        fail(f"{path}: its image_shape {shape} does not go with mean {mean} and std {std}")
 
 
 def load_model(checkpoint, path, device, arch=None):

@@ -162,7 +162,7 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
     if int(y_test.max()) >= shown:
         fail(f"{name}: test label {int(y_test.max())} does not occur in training")
     if classes is not None and not shown <= classes <= 10**6:
-        fail(f"--classes {classes}: the labels of {name} go up to {shown - 1}")
+        fail(f"{name} has labels up to {shown - 1}, which does not go with {classes} classes")
     half = (0.5,) * tensors[0].shape[1]
     arch = "mnist_cnn" if len(half) == 1 else "preact_resnet18"
     generic = Spec(half, half, arch, 30, 2, False, 0.05)

@@ -567,11 +567,10 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     assert result["arguments"]["isolation_epochs"] == 8 and result["seconds"] > 0
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_seeds(inline, digits_badnets, tmp_path, seed):
+def test_another_seed(inline, digits_badnets, tmp_path):
     flags = "--isolation-epochs", 5, "--epochs", 4, "--unlearn-steps", 30, "--isolation", 0.1
     flags = *flags, "--ascent", "bounded"
-    _, metrics = repaired_by(inline, digits_badnets, tmp_path, *flags, "--seed", seed)
+    _, metrics = repaired_by(inline, digits_badnets, tmp_path, *flags, "--seed", 1)
     assert metrics["isolation_precision"] >= 80 and metrics["asr"] >= 98
     assert metrics["asr_repaired"] <= 5 and metrics["clean_accuracy_repaired"] >= 85
 

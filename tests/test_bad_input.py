@@ -43,27 +43,50 @@ def refused(inline, one_line, unread, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+def shared(first, names, cases, ids):
+    """Cases that common/ refuses: all of them for the script `first`, one in turn for the others.
+
+    Every script calls that code before anything else: test_siblings.py.
+    """
+    others = [name for name in names if name != first]
+    turns = [(first, k) for k in range(len(cases))]
+    turns += [(name, k % len(cases)) for k, name in enumerate(others)]
+    return [pytest.param(name, *cases[k], id=f"{name}-{ids[k]}") for name, k in turns]
+
+
+GENERAL = [
+    (["--dataset", "imagenet"], "imagenet"),
+    (["--arch", "resnet9000"], "resnet9000"),
+    (["--device", "abacus"], "abacus"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--device", "meta"], "meta"),
+    (["--dataset", "nowhere/none.npz"], "none.npz"),
+    (["--batch-size", 0], "batch"),
+    (["--epochs", -1], "epochs"),
+    (["--train-images", 0], "train-images"),
+    (["--train-images", 1438], "digits has 1437"),
+]
+
+
 @pytest.mark.parametrize(
-    "args, named",
-    [
-        (["--dataset", "imagenet"], "imagenet"),
-        (["--arch", "resnet9000"], "resnet9000"),
-        (["--device", "abacus"], "abacus"),
-        (["--device", "cuda:99"], "cuda:99"),
-        (["--device", "meta"], "meta"),
-        (["--dataset", "nowhere/none.npz"], "none.npz"),
-        (["--batch-size", 0], "batch"),
-        (["--epochs", -1], "epochs"),
-        (["--train-images", 0], "train-images"),
-        (["--train-images", 1438], "digits has 1437"),
-        (["--lr", "1e30"], "loss"),
-        (["--lr", "nan"], "nan"),
-    ],
-    ids=str,
+    "name, args, named",
+    shared("badnets", ATTACKS, GENERAL, ["_".join(map(str, args)) for args, _ in GENERAL]),
 )
 def test_bad_general_flag(refused, name, args, named):
     assert named in refused(name, *args)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "rate, named",
+    [
+        ("1e30", "loss"),
+        ("nan", "--lr must"),
+    ],
+    ids=str,
+)
+def test_bad_learning_rate(refused, name, rate, named):
+    assert named in refused(name, "--lr", rate)
 
 
 def each(names, *args):
@@ -112,19 +135,19 @@ def no_images(path):
     write_npz(path, x_train=empty[0], y_train=empty[1], x_test=empty[0], y_test=empty[1])
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+BAD_NPZ = {
+    "one-class": (lambda path: write_npz(path, classes=1), "class"),
+    "no-images": (no_images, "image"),
+    "truncated": (truncated, "npz"),
+    "text": (lambda path: path.write_text("not an archive"), "npz"),
+    "bomb": (bomb, "npz"),
+    "negative-label": (lambda path: write_npz(path, y_train=np.arange(30) % 3 - 1), "label"),
+    "two-channels": (lambda path: write_npz(path, shape=(28, 28, 2)), "channels"),
+}
+
+
 @pytest.mark.parametrize(
-    "write, named",
-    [
-        (lambda path: write_npz(path, classes=1), "class"),
-        (no_images, "image"),
-        (truncated, "npz"),
-        (lambda path: path.write_text("not an archive"), "npz"),
-        (bomb, "npz"),
-        (lambda path: write_npz(path, y_train=np.arange(30) % 3 - 1), "label"),
-        (lambda path: write_npz(path, shape=(28, 28, 2)), "channels"),
-    ],
-    ids=["one-class", "no-images", "truncated", "text", "bomb", "negative-label", "two-channels"],
+    "name, write, named", shared("badnets", ATTACKS, [*BAD_NPZ.values()], [*BAD_NPZ])
 )
 def test_bad_npz(refused, tmp_path, name, write, named):
     write(tmp_path / "own.npz")
@@ -259,12 +282,13 @@ def interrupt(folder, ready, name, *args):
     assert process.returncode != 0
 
 
-@pytest.mark.parametrize("name", ["clean", "badnets"])  # all write whole: test_siblings.py
-def test_interrupt_leaves_no_file(name, tmp_path):
+def test_interrupt_leaves_no_file(tmp_path):
+    """One attack stands for all: they write whole files, test_siblings.py."""
+
     def trains(process):
         return "epoch" in process.stdout.readline()
 
-    interrupt(tmp_path, trains, name, "--epochs", 29)  # below 30 every epoch is printed
+    interrupt(tmp_path, trains, "badnets", "--epochs", 29)  # below 30 every epoch is printed
     assert files_below(tmp_path) == []
 
 
@@ -273,7 +297,11 @@ def test_interrupt_leaves_no_file(name, tmp_path):
 
 @pytest.fixture
 def suspect(tmp_path, untrained):
-    """A checkpoint of digits as an attack would write it, in `victim`; returns model.pt."""
+    """A checkpoint of digits as an attack would write it, in `victim`; returns model.pt.
+
+    The network says 1 of every image, so that for nc_mitigate.py any trigger of label 1 works.
+    """
+    untrained.net.linear9.bias[1] += 100
     data = load_dataset("digits", "data", "cpu")
     (tmp_path / "victim").mkdir()
     checkpoint.save_model(tmp_path / "victim", untrained, data, "mnist_cnn", Namespace(), {})
@@ -283,9 +311,17 @@ def suspect(tmp_path, untrained):
     return tmp_path / "victim" / "model.pt"
 
 
-every_defence = pytest.mark.parametrize("name", [*DEFENCES, *FURTHER])
+@pytest.mark.parametrize("name", ["strip", "nc_mitigate"])
+def test_a_suspect_is_refused_for_nothing_but_its_faults(inline, unread, suspect, name):
+    inline(name, "--ckpt", suspect.parent, *SHORT[name])
+    assert (suspect.parent / f"{name}-s0" / "result.json").exists()
+
+
+EVERY = [*DEFENCES, *FURTHER]
+every_defence = pytest.mark.parametrize("name", EVERY)
 RESIDUAL = "--pretrain-residual"
 REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
+OTHER_WORDS = {"--repair-fraction": "share", "1e30": "diverged", 0.0001: "kept back"}
 
 
 @pytest.mark.parametrize(
@@ -330,15 +366,18 @@ REST = " ".join(name for name in DEFENCES if name not in DETECTORS)
         *each("mcr", "--second", "nowhere"),
         *each("mcr", "--data-fraction", 0.0001),  # every image is kept back
         *each("mcr", "--lr", "1e30"),
-        *each(f"nc nc_mitigate {REST}", "--arch", "mnist_conv5"),
-        *each(f"nc nc_mitigate {REST}", "--std", 0.3),
+        *each("strip nc_mitigate", "--arch", "mnist_conv5"),
+        *each("strip nc_mitigate", "--std", 0.3),
         *each("finetune", "--lrs", "1e14", "1e15"),
     ],
     ids=str,
 )
 def test_bad_flag_of_a_defence(refused, suspect, name, args):
     before = suspect.read_bytes()
-    refused(name, "--ckpt", suspect.parent, *args)
+    message = refused(name, "--ckpt", suspect.parent, *args)
+    words = [arg for arg in args[:2] if isinstance(arg, str)]  # the flag or what it names
+    words += [word for key, word in OTHER_WORDS.items() if key in args]
+    assert any(word in message for word in words)
     assert suspect.read_bytes() == before
 
 
@@ -361,71 +400,90 @@ def poisoned_weight(value):
 
 
 BAD_CHECKPOINTS = {
-    "missing": lambda path: path.unlink(),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:9999]),
-    "empty": lambda path: path.write_bytes(b""),
-    "bomb": lambda path: torch.save({"format": 1, "x": explosive(path.parents[1])}, path),
-    "other architecture": changed(arch="vgg16"),
-    "wrong class count": changed(classes=7),
-    "other images": changed(image_shape=[3, 32, 32]),
-    "architecture is a list": changed(arch=["mnist_cnn"]),
-    "no number of classes": changed(classes="ten"),
-    "negative class count": changed(classes=-1),
-    "class count without end": changed(classes=10**12),
-    "no mean": changed(mean=None),
-    "mean in words": changed(mean="half"),
-    "shape is a number": changed(image_shape=28),
-    "shape without channels": changed(image_shape=[28, 28]),
-    "format is a tensor": changed(format=torch.zeros(9)),
-    "NaN": poisoned_weight(float("nan")),
-    "infinity": poisoned_weight(float("inf")),
-    "bomb beside it": lambda path: np.savez(
-        path.with_name("poisoned_test.npz"), x=np.array([explosive(path.parents[1])] * 2)
+    "missing": (lambda path: path.unlink(), "no such checkpoint"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:9999]), "readable"),
+    "empty": (lambda path: path.write_bytes(b""), "readable"),
+    "bomb": (
+        lambda path: torch.save({"format": 1, "x": explosive(path.parents[1])}, path),
+        "it was not executed",
+    ),
+    "other architecture": (changed(arch="vgg16"), "does not fit vgg16"),
+    "wrong class count": (changed(classes=7), "7 classes"),
+    "other images": (changed(image_shape=[1, 32, 32]), "was trained on 10 classes of (1, 32, 32)"),
+    "colour images": (changed(image_shape=[3, 28, 28]), "image_shape [3, 28, 28]"),
+    "architecture is a list": (changed(arch=["mnist_cnn"]), "entry 'arch'"),
+    "no number of classes": (changed(classes="ten"), "entry 'classes'"),
+    "negative class count": (changed(classes=-1), "-1 classes"),
+    "class count without end": (changed(classes=10**12), f"{10**12} classes"),
+    "no mean": (changed(mean=None), "entry 'mean'"),
+    "mean in words": (changed(mean="half"), "entry 'mean'"),
+    "shape is a number": (changed(image_shape=28), "entry 'image_shape'"),
+    "shape without channels": (changed(image_shape=[28, 28]), "image_shape [28, 28]"),
+    "no shape": (changed(image_shape=[]), "image_shape []"),
+    "format is a tensor": (changed(format=torch.zeros(9)), "another checkpoint format"),
+    "NaN": (poisoned_weight(float("nan")), "not finite"),
+    "infinity": (poisoned_weight(float("inf")), "not finite"),
+    "bomb beside it": (
+        lambda path: np.savez(
+            path.with_name("poisoned_test.npz"), x=np.array([explosive(path.parents[1])] * 2)
+        ),
+        "poisoned_test.npz",
     ),
 }
 
 
-@every_defence
-@pytest.mark.parametrize("spoil", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
-def test_bad_checkpoint(refused, suspect, tmp_path, name, spoil):
+@pytest.mark.parametrize(
+    "name, spoil, named", shared("strip", EVERY, [*BAD_CHECKPOINTS.values()], [*BAD_CHECKPOINTS])
+)
+def test_bad_checkpoint(refused, suspect, tmp_path, name, spoil, named):
     spoil(suspect)
-    refused(name, "--ckpt", suspect.parent)
+    assert named in refused(name, "--ckpt", suspect.parent)
     assert not (tmp_path / "exploded").exists()
 
 
-@every_defence
+BARE = [
+    ([], "pass --arch and --dataset"),
+    (["--arch", "mnist_cnn"], "pass --arch and --dataset"),
+    (["--arch", "vgg16", "--dataset", "digits"], "does not fit vgg16"),
+    (["--arch", "resnet9000", "--dataset", "digits"], "resnet9000"),
+    (["--arch", "mnist_cnn", "--dataset", "own.npz"], "does not fit mnist_cnn"),
+    (["--arch", "mnist_cnn", "--dataset", "digits", "--std", 0], "--std above 0"),
+    (["--arch", "mnist_cnn", "--dataset", "digits", "--mean", "nan"], "--mean must be finite"),
+    (["--arch", "mnist_cnn", "--dataset", "digits", "--mean", 0.1, 0.2, 0.3], "channels"),
+]
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["--arch", "mnist_cnn"],
-        ["--arch", "vgg16", "--dataset", "digits"],
-        ["--arch", "resnet9000", "--dataset", "digits"],
-        ["--arch", "mnist_cnn", "--dataset", "own.npz"],
-        ["--arch", "mnist_cnn", "--dataset", "digits", "--std", 0],
-        ["--arch", "mnist_cnn", "--dataset", "digits", "--mean", "nan"],
-        ["--arch", "mnist_cnn", "--dataset", "digits", "--mean", 0.1, 0.2, 0.3],
-    ],
-    ids=lambda flags: " ".join(map(str, flags)),
+    "name, flags, named",
+    shared("strip", EVERY, BARE, [" ".join(map(str, flags)) for flags, _ in BARE]),
 )
-def test_bare_state_dict_of_another_kind(refused, tmp_path, untrained, name, flags):
+def test_bare_state_dict_of_another_kind(refused, tmp_path, untrained, name, flags, named):
     write_npz(tmp_path / "own.npz", (64, 64), 10)
     torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
-    refused(name, "--ckpt", "suspect.pt", *flags)
+    assert named in refused(name, "--ckpt", "suspect.pt", *flags)
 
 
-@every_defence
-@pytest.mark.parametrize("shape, classes", [((32, 32), 10), ((28, 28), 7)], ids=str)
+OTHER_IMAGES = [((32, 32), 10), ((28, 28), 7)]
+
+
+@pytest.mark.parametrize(
+    "name, shape, classes", shared("strip", EVERY, OTHER_IMAGES, ["larger", "fewer classes"])
+)
 def test_images_that_the_model_was_not_trained_on(refused, suspect, tmp_path, name, shape, classes):
     write_npz(tmp_path / "own.npz", shape, classes)
-    refused(name, "--ckpt", suspect, "--dataset", "own.npz")
+    assert "was trained on 10 classes of (1, 28, 28)" in refused(
+        name, "--ckpt", suspect, "--dataset", "own.npz"
+    )
 
 
 @every_defence
-def test_out_is_another_victim(refused, inline, suspect, tmp_path, name):
-    inline("clean", *SHORT["clean"], "--out", tmp_path / "other")
+def test_out_is_another_victim(refused, suspect, tmp_path, name):
+    """Its result.json names no --ckpt; what attacks really write: test_checkpoint.py."""
+    (tmp_path / "other").mkdir()
+    shutil.copy(suspect, tmp_path / "other")
+    (tmp_path / "other" / "result.json").write_text('{"script": "clean", "arguments": {}}')
     before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
-    refused(name, "--ckpt", suspect, "--out", tmp_path / "other")
+    assert "an attack's folder" in refused(name, "--ckpt", suspect, "--out", tmp_path / "other")
     assert {path: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
 
 

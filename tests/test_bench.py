@@ -21,8 +21,9 @@ def test_folding_and_throughputs(digits_badnets):
     victim, cpu = loaded(digits_badnets), torch.device("cpu")
     rows = list(bench.folding(victim, cpu, 1, images=40, steps=1))
     assert [row[0] for row in rows] == ["nc", "generator_reverse"]
-    for _, what, ratio, slow, fast, verdict, _ in rows:
-        assert what == "mnist_cnn on digits" and verdict == "same"
+    for _, what, ratio, slow, fast, verdict, gap in rows:
+        assert what == "mnist_cnn on digits" and verdict == "same"  # inconclusive: one step
+        assert float(gap) < 1e-2  # of the norms: the same searches in other batches
         assert float(ratio) > 0 and float(slow.split()[0]) > 0 and fast.endswith("s (2)")
     passes = list(bench.throughputs(victim, cpu, 1, images=120))
     assert [row[0].split(" ")[0] for row in passes] == ["STRIP,", "prune", "heat"]

@@ -8,7 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, explosive, loaded, result_of, run_script, write_npz
+from conftest import ROOT, explosive, loaded, result_of, write_npz
 
 from common import checkpoint as ckpt
 from common.datasets import Dataset, to_float
@@ -120,10 +120,10 @@ def test_a_new_run_leaves_nothing_of_an_older_one(tmp_path, inline):
     assert {path.as_posix() for path in files} == kept
 
 
-def test_default_folder_name(tmp_path):
+def test_default_folder_name(tmp_path, inline):
     data = write_npz(tmp_path / "own.npz")
-    run = run_script("clean", "--dataset", data, "--epochs", 1, "--seed", 4, cwd=tmp_path)
-    assert run.returncode == 0 and (tmp_path / "runs/own-mnist_cnn-clean-s4/model.pt").exists()
+    inline("clean", "--dataset", data, "--epochs", 1, "--seed", 4)
+    assert (tmp_path / "runs/own-mnist_cnn-clean-s4/model.pt").exists()
 
 
 # ===== Bare state dicts =====
@@ -197,6 +197,12 @@ def test_bare_state_dict_needs_arch_and_dataset(tmp_path, bare, missing, one_lin
 
 
 # ===== Checkpoints that must be refused =====
+
+
+def test_output_into_an_attack_s_folder(tmp_path, bare, folder, one_line):
+    torch.save(bare[1], tmp_path / "public.pth")
+    given = {"arch": "mnist_cnn", "dataset": "digits", "out": str(folder)}
+    assert "is an attack's folder" in one_line(loaded, tmp_path / "public.pth", **given)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -28,6 +28,44 @@ from common.datasets import (
 )
 from common.defence import defence_flags
 
+# mean, standard deviation, default network
+KINDS = {
+    "digits": ((0.5,), (0.5,), "mnist_cnn"),
+    "mnist": ((0.5,), (0.5,), "mnist_cnn"),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), "airbench"),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "airbench"),
+    "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "preact_resnet18"),
+    "own.npz": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "preact_resnet18"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, arch, epochs, lr, pad, flip",
+    [
+        ("digits", "mnist_cnn", 60, 0.05, 2, False),
+        ("mnist", "mnist_cnn", 15, 0.1, 2, False),
+        ("mnist", "mnist_conv5", 15, 0.1, 2, False),
+        ("cifar10", "airbench", 24, 0.2, 2, True),
+        ("cifar10", "wrn16_1", 12, 0.1, 4, True),
+        ("cifar10", "vgg16", 60, 0.1, 4, True),
+        ("cifar100", "airbench", 24, 0.2, 2, True),
+        ("cifar100", "wrn16_1", 12, 0.1, 4, True),
+        ("cifar100", "resnet18", 60, 0.1, 4, True),
+        ("gtsrb", "preact_resnet18", 30, 0.1, 4, False),  # a mirrored sign is another sign
+        ("gtsrb", "nc_gtsrb_cnn", 12, 0.02, 4, False),
+        ("own.npz", "resnet18", 30, 0.05, 2, False),
+    ],
+)
+def test_recipes(tmp_path, name, arch, epochs, lr, pad, flip):
+    own = write_npz(tmp_path / "own.npz", shape=(9, 9, 3))
+    spec = datasets.SPECS[name] if name in datasets.SPECS else load_dataset(own, "", "cpu").spec
+    assert (spec.mean, spec.std, spec.arch) == KINDS[name]
+    recipe = spec.of(arch)
+    assert (recipe.epochs, recipe.lr, recipe.pad, recipe.flip) == (epochs, lr, pad, flip)
+    assert (recipe.mean, recipe.std) == KINDS[name][:2]
+    assert {*datasets.SPECS, "own.npz"} == set(KINDS)
+    assert set(datasets.RECIPES) == {"airbench", "wrn16_1", "nc_gtsrb_cnn"}
+
 
 def upsampled(x, size):
     """Bilinear with pixel centres at half integers and repeated edges; N x h x w."""

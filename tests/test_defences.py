@@ -12,7 +12,8 @@ from conftest import DEFENCES, DETECTORS, FURTHER, SHORT, files_below, loaded, r
 from PIL import Image
 from torch import nn
 
-from common import defence, metrics
+from common import checkpoint, defence, metrics
+from common.datasets import to_float
 from common.defence import careful_repair, check_reading, halving, in_parts, report_verdict
 from common.metrics import verdict
 from common.models import build_model
@@ -248,6 +249,32 @@ def test_wrong_normalisation_is_refused(inline, one_line, tmp_path, name, digits
         shutil.copy(digits_badnets / "poisoned_train.npz", tmp_path / "suspect")
     assert "near chance" in one_line(inline, name, *flags, *wrong, *SHORT[name])
     assert not (tmp_path / "suspect" / f"{name}-s0").exists()
+
+
+# ===== Detectors of inputs =====
+
+
+@pytest.mark.parametrize("name, rate", [("strip", "--frr"), ("sentinet", "--fpr")])
+def test_far_of_the_inputs_that_are_obeyed(inline, digits_badnets, digits, tmp_path, name, rate):
+    """A trigger that is not obeyed is no attack: here every second image has none at all."""
+    shutil.copy(digits_badnets / "model.pt", tmp_path)
+    victim = loaded(digits_badnets)
+    x = torch.stack((victim.x_poisoned[:45], digits.x_test[digits.y_test != 0][:45]), 1)
+    x, y = x.flatten(0, 1), torch.zeros(90, dtype=torch.int64)
+    checkpoint.save_images(tmp_path / "poisoned_test.npz", x, y_true=y + 1, y_target=y)
+    flags = *SHORT[name], "--inputs", 90, "--fit-images", 60, rate, 0.33  # a third is stopped
+    ran = inline(name, "--ckpt", tmp_path, *flags)
+    metrics, order = ran["metrics"], ran["chosen"]
+    assert sorted(order.tolist()) == list(range(90))
+    if name == "strip":
+        passed = ran["named"]["triggered"] > metrics["boundary"]  # low entropies are stopped
+    else:
+        passed = ran["triggered"] <= metrics["threshold"]  # long distances are
+    obeyed = (victim.model(to_float(x)).argmax(1) == 0)[order].numpy()
+    assert 45 <= obeyed.sum() < 60 and metrics["asr"] == pytest.approx(100 * obeyed.mean())
+    assert metrics["far"] == pytest.approx(100 * passed.mean())
+    assert metrics["far_obeyed"] == pytest.approx(100 * passed[obeyed].mean())
+    assert passed[obeyed].mean() < passed.mean() - 0.1
 
 
 # ===== A repair checks itself =====

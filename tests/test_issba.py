@@ -189,15 +189,6 @@ def test_run_on_digits(inline, tmp_path, digits):
     assert (read == (held["trigger"]["secret"] > 0.5)).float().mean() >= 0.95
 
 
-def test_same_seed_same_run(inline, tmp_path):
-    def run(name, *flags):
-        inline(NAME, *SHORT[NAME], "--out", tmp_path / name, *flags)
-        return result_of(tmp_path / name)["metrics"]
-
-    first = run("first")
-    assert run("again") == first and run("other", "--seed", 1) != first
-
-
 @pytest.mark.parametrize(
     "args, named",
     [

@@ -224,7 +224,9 @@ def test_other_images(inline, tmp_path, shape):
     flags = "--train-images", 30, "--arch", "mnist_cnn", "--dataset", path
     ran = inline(NAME, *SHORT[NAME], *flags)
     assert ran["args"].patch_size == round(0.2 * min(shape[:2]))
-    assert 0 <= ran["metrics"]["asr_other"] <= 100
+    x = ran["x_other"][ran["counts"]]
+    hits = accuracy(ran["student"], x, torch.zeros(20))
+    assert ran["metrics"]["asr_other"] == pytest.approx(hits, abs=1e-4) and len(x) == 20
 
 
 # ===== Refusals =====

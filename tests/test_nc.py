@@ -1,12 +1,14 @@
 """Neural Cleanse against a model with known answers, a second state machine, and on digits."""
 
+import contextlib
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import loaded, result_of, run_here
+from conftest import loaded, result_of, run_inline
 from matplotlib.axes import Axes
 from planted import CLASSES, PLANTED, SIDE, SMALLEST, TARGET, frozen, images, index_of
 from torch import nn
@@ -187,11 +189,21 @@ def test_labels_start_from_their_own_draw():
     assert not torch.equal(starts[0], reverse(frozen(), steps=1, lr=1e-9, seed=1)[0])
 
 
+@pytest.fixture(scope="module")
+def few_steps():
+    """All labels at once, after 40 steps."""
+    return reverse(frozen(), steps=40)
+
+
 @pytest.mark.parametrize("split", [[ALL[::-1]], [[0], [3], [7]], [[9, 3, 1], [8, 4]]])
-def test_neither_order_nor_folding_matters(linear, split):
-    masks, _, norms, found, _ = linear[0]
+def test_neither_order_nor_folding_matters(linear, few_steps, split):
+    """Another order to the end, when the labels stop one by one; parts of them for 40 steps."""
+    whole = len(split) == 1
+    masks, _, norms, found, _ = linear[0] if whole else few_steps
     for labels in split:
-        own_masks, _, own_norms, own_found, _ = reverse(frozen(), labels)
+        own_masks, _, own_norms, own_found, _ = reverse(
+            frozen(), labels, steps=300 if whole else 40
+        )
         np.testing.assert_allclose(own_norms, [norms[k] for k in labels], rtol=1e-3)
         torch.testing.assert_close(own_masks, masks[labels], rtol=0, atol=1e-3)
         assert own_found == [found[k] for k in labels]
@@ -466,15 +478,20 @@ def test_diverging_unlearning_gives_no_model(untrained, count, lr):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits_badnets):
-    """A short search. Threshold 1.5: the clean digits' norms are too widely spread for 2."""
-    out = tmp_path_factory.mktemp("nc")
+    """A short search: its folder, what it printed, its variables.
+
+    Threshold 1.5: the clean digits' norms are too widely spread for 2.
+    """
+    out, printed = tmp_path_factory.mktemp("nc"), io.StringIO()
     flags = "--steps", 80, "--batches", 2, "--data-fraction", 0.3, "--threshold", 1.5
     flags += "--rule", "index"
-    return out, run_here("nc", "--ckpt", digits_badnets, "--out", out, *flags, cwd=out)
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        ran = run_inline(patch, out, "nc", "--ckpt", digits_badnets, "--out", out, *flags)
+    return out, printed.getvalue(), ran
 
 
 def test_run_finds_the_target_and_removes_the_backdoor(run):
-    out, printed = run
+    out, printed, _ = run
     metrics = result_of(out)["metrics"]
     assert metrics["label"] == 0 == metrics["flagged"][0] and metrics["case"] == 1
     assert metrics["ratio"] < 0.5 and "backdoored, labels [0" in printed
@@ -486,17 +503,33 @@ def test_run_finds_the_target_and_removes_the_backdoor(run):
 
 def test_original_trigger_is_the_bound(run, digits_badnets):
     """Unlearnt on half of the triggered images, read on the other half."""
-    out, printed = run
+    out, printed, ran = run
     metrics = result_of(out)["metrics"]
     assert metrics["asr_original_trigger"] < 5
     hits = metrics["asr_original_trigger"] / 100 * (metrics["asr_n"] / 2)
     assert hits == pytest.approx(round(hits), abs=1e-3)
     assert metrics["clean_accuracy_original_trigger"] > metrics["clean_accuracy"] - 10
     assert f"{metrics['asr_original_trigger']:.2f} original trigger" in printed
+    victim, data = loaded(digits_badnets), ran["data"]
+    half = int(metrics["asr_n"] / 2)
+    carriers = (data.y_test != 0).nonzero().flatten()  # of the triggered images, in their order
+    taught = ran["given"][3]
+    triggered = [image.numpy().tobytes() for image in victim.x_poisoned]
+    numbers = [triggered.index(image.numpy().tobytes()) for image in taught]
+    assert len(set(triggered)) == 2 * half and len(set(numbers)) == half == len(numbers)
+    left = [k for k in range(2 * half) if k not in set(numbers)]
+    hits = accuracy(ran["bound"], victim.x_poisoned[left], torch.zeros(half))
+    unseen = torch.ones(len(data.y_test), dtype=torch.bool)
+    unseen[carriers[numbers]] = False  # the clean images behind those that taught
+    right = accuracy(ran["bound"], data.x_test[unseen], data.y_test[unseen])
+    assert metrics["asr_original_trigger"] == pytest.approx(hits, abs=1e-4)
+    assert metrics["clean_accuracy_original_trigger"] == pytest.approx(right, abs=1e-4)
+    tokens = {image.numpy().tobytes() for image in ran["images"]["asr"][0]}
+    assert tokens == {triggered[k] for k in left}
 
 
 def test_saved_model_is_the_repaired_one(run, digits_badnets):
-    out, _ = run
+    out, _, _ = run
     victim, repaired = loaded(digits_badnets), loaded(out)
     metrics, attack = result_of(out)["metrics"], (victim.x_poisoned, victim.y_target)
     for key, tensor in victim.model.state_dict().items():
@@ -509,7 +542,7 @@ def test_saved_model_is_the_repaired_one(run, digits_badnets):
 
 def test_saved_trigger_is_the_reversed_one(run):
     """As tensors; a stretched picture would differ."""
-    out, _ = run
+    out, _, _ = run
     trigger = read_checkpoint(out / "model.pt")["trigger"]
     with np.load(out / "reversed.npz") as archive:
         masks, patterns = archive["masks"], archive["patterns"]

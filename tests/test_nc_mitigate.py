@@ -1,5 +1,7 @@
 """Neural Cleanse's filter and pruning: planted neurons, explicit copies, and runs on digits."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import files_below, loaded, result_of, run_here
+from conftest import files_below, loaded, result_of, run_inline
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -157,14 +159,17 @@ def reversed_trigger(tmp_path_factory, digits_badnets):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits_badnets, reversed_trigger):
-    out = tmp_path_factory.mktemp("out")
-    flags = "--nc", reversed_trigger, "--out", out
-    return out, run_here("nc_mitigate", "--ckpt", digits_badnets, *flags, cwd=out)
+    """The folder of a run, what it printed, and its variables."""
+    out, printed = tmp_path_factory.mktemp("out"), io.StringIO()
+    flags = "--ckpt", digits_badnets, "--nc", reversed_trigger, "--out", out
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        ran = run_inline(patch, out, "nc_mitigate", *flags)
+    return out, printed.getvalue(), ran
 
 
 @pytest.mark.drawn
 def test_filter_stops_badnets_and_pruning_the_reversed_trigger(run, digits, digits_badnets):
-    out, printed = run
+    out, printed, _ = run
     metrics = result_of(out)["metrics"]
     assert metrics["label"] == 0 and metrics["neurons"] == 512 and metrics["asr_reversed"] > 90
     assert metrics["auroc"] > 0.95 and metrics["fpr"] < 15 and metrics["fnr"] < 15
@@ -197,6 +202,55 @@ def test_filter_stops_badnets_and_pruning_the_reversed_trigger(run, digits, digi
     assert metrics["fnr"] == pytest.approx(100 - 100 * stopped[count:].mean(), abs=0.4)
     area = roc_auc_score(np.arange(len(scores)) >= count, scores)
     assert metrics["auroc"] == pytest.approx(area, abs=1e-4)
+
+
+def test_ranking_and_choice_see_different_images(run, reversed_trigger, digits_badnets, digits):
+    """Four fifths of the images, by class, rank the neurons; the others give threshold and end."""
+    out, _, _ = run
+    model, (x, y) = loaded(digits_badnets).model, (digits.x_train, digits.y_train)
+    with np.load(reversed_trigger / "reversed.npz") as archive:
+        trigger = [torch.from_numpy(archive[name][0]) for name in ("masks", "patterns")]
+    split = defender_split(y, 300 / 1437, 0)
+    kept = torch.zeros(len(split), dtype=torch.bool)
+    kept[defender_split(y[split], 0.2, 0)] = True
+
+    def entering(images):
+        return mitigate.activations(model, "net.linear9", images).double()
+
+    ranked, held = (x[split[part]] for part in (~kept & (y[split] != 0), kept))
+    held_back = y[split[kept]]
+    added = entering(mitigate.stamp(ranked, *trigger)).mean(0) - entering(ranked).mean(0)
+    with np.load(out / "curve.npz") as archive:
+        curves = {name: archive[name] for name in archive}
+    order = curves["order"]
+    falls = np.diff(added[order].numpy())
+    assert sorted(order) == list(range(512)) and falls.max() < 1e-5  # ties in float32
+    clean, stamped = entering(held), entering(mitigate.stamp(held[held_back != 0], *trigger))
+    scores = clean[:, order[:5]].mean(1).numpy()
+    metrics = result_of(out)["metrics"]
+    assert metrics["threshold"] == pytest.approx(np.quantile(scores, 0.95), rel=1e-4)
+    passed = stamped[:, order[:5]].mean(1).numpy() <= metrics["threshold"]
+    assert metrics["fnr_reversed"] == pytest.approx(100 * passed.mean(), abs=1e-4)
+    right = accuracy(model, held, held_back)
+    assert metrics["kept_back_accuracy"] == pytest.approx(right, abs=1e-4)
+    assert curves["accuracy_kept_back"][0] == pytest.approx(right, abs=1e-4)
+    assert metrics["kept_back"] == len(held) == kept.sum()
+
+
+def test_random_pruning_takes_as_many_other_neurons(run, digits_badnets):
+    _, _, ran = run
+    count, order = ran["metrics"]["pruned"], ran["order"]
+    before = loaded(digits_badnets).model.net.linear9.weight
+    after = {kind: ran["models"][kind].net.linear9.weight for kind in ("_random", "_repaired")}
+    silent = {kind: (weight == 0).all(0) for kind, weight in after.items()}
+    assert not (before == 0).all(0).any() and 0 < count < 300
+    for kind, weight in after.items():
+        assert silent[kind].sum() == count and torch.equal(
+            weight[:, ~silent[kind]], before[:, ~silent[kind]]
+        )
+    assert set(silent["_repaired"].nonzero().flatten().tolist()) == set(order[:count].tolist())
+    common = (silent["_random"] & silent["_repaired"]).sum() / count
+    assert common < (1 + count / 512) / 2  # about count / 512, were they drawn
 
 
 def test_the_defender_needs_no_triggered_image(

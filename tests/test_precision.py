@@ -100,7 +100,7 @@ def test_figures_and_prunings_are_taken_in_float32(model):
 
 def test_scripts(has, inline, unread, tmp_path):
     """A victim and every defence in both precisions; float32 is the same on every processor."""
-    write_npz(tmp_path / "own.npz", (32, 32, 3), 6, 60)
+    write_npz(tmp_path / "own.npz", (16, 16, 3), 6, 60)  # emulated, it is slow
     flags = "--epochs", 1, "--batch-size", 20, "--dataset", "own.npz", "--arch", "wrn16_1"
 
     def victim(out, *more):
@@ -122,11 +122,12 @@ def test_scripts(has, inline, unread, tmp_path):
     assert (half, chosen, plain) == ("bfloat16", "float32", "float32")
     assert torch.equal(of_chosen, of_plain) and not torch.equal(of_half, of_plain)
     has(True)
+    flagging = "--rule", "index", "--threshold", 1e-6, "--batch-size", 8
     for name, more in (
-        ("nc", ("--rule", "index", "--threshold", 1e-6, "--batch-size", 8)),
+        ("nc", flagging),
         ("nc_mitigate", ()),  # of the folder that nc has written
-        ("generator_reverse", ("--rule", "index", "--threshold", 1e-6, "--asr-goal", 1e-9)),
-        ("strip", ()),
+        ("generator_reverse", (*flagging, "--asr-goal", 1e-9)),
+        ("strip", ("--overlays", 5, "--inputs", 10, "--fit-images", 10)),
         ("purify", ("--filter", "median")),
         ("gradcam", ("--februus",)),
         ("sentinet", ()),

@@ -3,17 +3,20 @@
 import getpass
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
+from argparse import ArgumentParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, files_below, run_here, write_npz
+from conftest import ATTACKS, DEFENCES, FURTHER, ROOT, SHORT, files_below, run_here, write_npz
 
 from common.datasets import SPECS
 from common.models import ARCHITECTURES, build_model
@@ -45,12 +48,143 @@ def test_every_script_is_in_the_table_of_methods():
         assert f" | {lines} | `python methods/{path.name} -" in row
 
 
-def test_figures_are_those_of_the_results():
-    """Every mean with its spread stands in the generated tables, too."""
-    tables = (ROOT / "results" / "README.md").read_text()
-    figures = re.findall(r"\d[\d.]* ± [\d.]+ \(\d+\)", README)
-    assert len(figures) > 10 and all(figure in tables for figure in figures)
+def test_numbers_of_methods():
+    """Those that the README counts are those that every shared test goes through."""
+    attacks, defences = len(ATTACKS) - 1, len(DEFENCES) + len(FURTHER)  # clean.py is none
+    assert re.findall(r"(\d+) (attacks|defences)", README) == [
+        (str(attacks), "attacks"),
+        (str(defences), "defences"),
+    ]
+    assert len(set(ATTACKS + DEFENCES + FURTHER)) == 1 + attacks + defences
+    scripts = {path.stem for path in (ROOT / "methods").glob("*.py")}
+    assert scripts == {*ATTACKS, *DEFENCES, *FURTHER}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def tables():
+    """The rows of results/README.md: {(section, table, row, network): cells}; no paper's rows."""
+    found, section, title = {}, None, None
+    for line in (ROOT / "results" / "README.md").read_text().splitlines():
+        if line.startswith("## "):
+            section, title = line[3:], None
+        elif line.startswith("### "):
+            title = line[4:]
+        elif line.startswith("| ") and not line.startswith(("| *", "| ---")):
+            row = cells(line)
+            key = section, title, row[0].rstrip("†‡"), row[1]
+            found.setdefault(key, []).append(row)
+    return found
+
+
+SUMMARY = {  # the README's row: the attack and the network, and the repair of the last column
+    "none (`clean.py`)": ("clean", "mnist_cnn", None),
+    "BadNets": ("badnets", "mnist_cnn", ("nc", "10 %", "Neural Cleanse")),
+    "WaNet": ("wanet", "mnist_cnn", ("generator_reverse", "5 %", "generators")),
+    "Input-aware": ("input_aware", "mnist_conv5", ("nc", "10 %", "Neural Cleanse")),
+    "Stealthy (`mnist_cnn`)": (
+        "stealthy_adversarial",
+        "mnist_cnn",
+        ("generator_reverse", "5 %", "generators"),
+    ),
+    "Frequency": ("freq_backdoor", "mnist_cnn", ("nc", "10 %", "Neural Cleanse")),
+}
+
+
+def test_summary_is_that_of_the_results():
+    """Each cell stands in its row and column there; on clean networks p < .05 is a false alarm."""
+    found, summary = tables(), README.split("## Results")[1]
+    rows = [cells(line) for line in summary.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows[: len(SUMMARY)]] == list(SUMMARY)
+
+    def figure(table, row, network, column):
+        (line,) = found["MNIST", table, row, network]
+        return line[column]
+
+    for name, *figures in rows[: len(SUMMARY)]:
+        attack, network, repair = SUMMARY[name]
+        clean, asr = (figure("Attacks", attack, network, column) for column in (2, 3))
+        counted = 2 if attack == "clean" else 3  # p < .05, or p names the target
+        named = [
+            figure("Detectors", f"{detector} on {attack}", network, counted)
+            for detector in ("nc", "generator_reverse")
+        ]
+        after = "–"
+        if repair is not None:
+            script, share, method = repair
+            after = figure("Repairs", f"{script} on {attack}, {share}", network, 4)
+            after = f"{after}, {method}"
+        assert figures == [clean, asr, *named, after], name
     assert len(README.splitlines()) <= 220
+
+
+WORDS = "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"
+
+
+def test_figures_in_the_prose_are_those_of_the_results():
+    found, text = tables(), " ".join(README.split())
+    wrn = "CIFAR-10, WRN-16-1"
+
+    def line(table, row):
+        (only,) = found[wrn, table, row, "wrn16_1"]
+        return only
+
+    pattern = r"BadNets has clean ([\d.]+) and ASR ([\d.]+); "
+    pattern += r"Neural Cleanse names it and repairs it to ([\d.]+), NAD to ([\d.]+)\."
+    (told,) = re.findall(pattern, text)
+    _, _, clean, asr, *_ = line("Attacks", "badnets")
+    nc, nad = (
+        line("Repairs", "nc on badnets, 10 %"),
+        line("Fine-tuning, NAD and MCR", "nad on badnets"),
+    )
+    assert line("Detectors", "nc on badnets")[3] == "1 of 1"
+    assert [f"{float(value):.2f} (1)" for value in told] == [clean, asr, nc[4], nad[7]]
+
+    pattern = r"it flagged (\d+) of (\d+) new clean networks on MNIST, (\d+) of (\d+) on digits, "
+    pattern += r"(\d+) of (\d+) small ones on CIFAR-10 \(the paper's rule: (\d+), (\d+), (\d+)\), "
+    (told,) = re.findall(pattern + r"and named all (\d+) targets", text)
+    level = {}
+    for (section, _, data, network), lines in found.items():
+        if section.startswith("Level") and network == "mnist_cnn":
+            for _, _, detector, models, count, *flagged in lines:
+                if detector == "nc":
+                    counts = (int(cell.split()[0]) for cell in (count, *flagged[:2]))
+                    level[data, models] = [*counts]
+    sets = [level[data, "clean"] for data in ("mnist", "digits", "cifar10")]
+    victims = [level[data, "badnets"] for data in ("mnist", "digits")]
+    expected = [number for count, by_p, _ in sets for number in (by_p, count)]
+    expected += [by_index for _, _, by_index in sets]
+    assert [int(value) for value in told] == [*expected, sum(count for count, *_ in victims)]
+    assert all(count == by_p for count, by_p, _ in victims)
+
+
+def test_counts_of_public_checkpoints_are_those_of_the_results():
+    """Backdoored: over half of the triggered images are obeyed. Named: the p-value's labels."""
+    text, named, backdoored = " ".join(README.split()), {}, {}
+    for (section, _, path, target), lines in tables().items():
+        if section == "Public checkpoints" and path.startswith("`"):
+            for _, _, _, asr, script, labels, *_ in lines:
+                backdoored[path] = float(asr.split()[0]) > 50
+                named[script, path] = target in re.findall(r"(\d+) (?:below|above)", labels)
+                if not backdoored[path] and script in ("nc", "generator_reverse"):
+                    assert labels == "–"
+    asked = {
+        script: [right for (by, path), right in named.items() if by == script and backdoored[path]]
+        for script in ("nc", "generator_reverse")
+    }
+    pattern = (
+        r"Of (\w+) networks that others backdoored, Neural Cleanse named the target of (\w+), "
+    )
+    pattern += r"the generators(?:, asked about (\w+),)? of (\w+); "
+    (told,) = re.findall(pattern + r"p < \.05 flagged neither of (\w+) repaired", text)
+    every = told[0]  # where nothing is said, they were asked about all
+    expected = [sum(backdoored.values()), sum(asked["nc"])]
+    expected += [len(asked["generator_reverse"]), sum(asked["generator_reverse"])]
+    expected += [sum(not bad for bad in backdoored.values())]
+    assert [WORDS.index(word or every) for word in told] == expected
+    assert len(asked["nc"]) == expected[0]
 
 
 GROUPS = ["digits", "mnist", "cifar10", "gtsrb", "lecture", "level", "gpu"]
@@ -104,6 +238,34 @@ def test_groups_list_victims_before_their_defences(group, tmp_path):
             dataset, network, _, _ = Path(made[-1]).name.rsplit("-", 3)
             assert dataset in SPECS and network in ARCHITECTURES
     assert len(set(made)) == len(made)
+    for script in {command[1] for command in commands}:
+        check_flags(script, [command[2:] for command in commands if command[1] == script])
+
+
+def check_flags(script, calls):
+    """The script's own parser takes each list of arguments, without abbreviated flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArgumentParser, "parse_args", lambda parser: parser)  # it comes back itself
+        patch.setattr(sys, "path", list(sys.path))
+        made = runpy.run_path(str(ROOT / script), run_name="parser of")
+        if "parse_args" in made:
+            parser = made["parse_args"]()
+        else:  # clean.py has the shared flags alone
+            parser = made["attack_flags"](made["__doc__"], target=False)
+    parser.allow_abbrev = False
+    for call in calls:
+        try:
+            parser.parse_args(call)
+        except SystemExit:
+            pytest.fail(f"{script} does not take {' '.join(call)}")
+
+
+def test_the_table_of_methods_has_flags_that_exist():
+    commands = [shlex.split(line) for line in re.findall(r"`(python methods/[^`]*)`", README)]
+    assert len({command[1] for command in commands}) == len([*(ROOT / "methods").glob("*.py")])
+    for command in commands:
+        if len(command) > 2:
+            check_flags(command[1], [command[2:]])
 
 
 STAND_IN = """#!/bin/sh

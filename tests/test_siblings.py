@@ -60,6 +60,28 @@ def test_main_blocks_hold_no_functions(path):
 
 
 @every_script
+def test_shared_checks_come_first(path):
+    """Only the script's own flags are read before common/ reads the rest, the data and the network.
+
+    So nothing is written or trained before, and test_bad_input.py need not try every case of bad
+    input on every script.
+    """
+    main = ast.parse(path.read_text()).body[-1].body
+    calls = [
+        {ast.unparse(node.func).split(".")[-1] for node in ast.walk(part) if type(node) is ast.Call}
+        for part in main
+    ]
+    opener = "set_up" if path.stem in ATTACKS else "open_victim"
+    (first,) = (i for i, names in enumerate(calls) if opener in names)
+    assert isinstance(main[first], ast.Assign)
+    reads = {"attack_flags", "parse_args", "time"}
+    checks = {"check_positive", "check_share", "check_weights", "all", "fail"}
+    assert set().union(*calls[:first]) <= reads | checks
+    makes = {"make_folder", "open_folder"}
+    assert makes & set().union(*calls[first + 1 :])
+
+
+@every_script
 def test_help(inline, path, capfd):
     """A bare % in a help text would be a crash."""
     with pytest.raises(SystemExit) as stop:

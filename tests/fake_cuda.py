@@ -214,7 +214,8 @@ def install():
     torch.backends.cudnn.enabled = False
     torch.autograd._engine_run_backward = run_backward
     torch.Generator = Generator
-    answers = {"is_available": True, "is_initialized": True, "get_device_capability": (9, 0)}
+    answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True}
+    answers |= {"get_device_capability": (9, 0)}
     answers |= {"device_count": GPUS, "current_device": 0, "get_device_name": NAME}
     answers |= {"get_rng_state": torch.zeros(16), "is_current_stream_capturing": False}
     silent = "_lazy_init synchronize empty_cache set_device set_rng_state manual_seed"

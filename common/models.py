@@ -303,6 +303,10 @@ class GTSRBNet(nn.Module):
         self.linear1 = nn.Linear(128 * height * width, 512)
         self.dropout = nn.Dropout(0.5)
         self.linear2 = nn.Linear(512, classes)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):  # PyTorch's own are too small without
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")  # a BatchNorm
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x):
         return self.linear2(self.dropout(F.relu(self.linear1(self.features(x).flatten(1)))))

@@ -348,3 +348,12 @@ def test_a_layer_that_does_not_run_is_refused(one_line):
     model = build_model("mnist_cnn", 10, (1, 28, 28), (0.5,), (0.5,))
     model.net.idle = nn.Linear(3, 3)
     assert "net.idle" in one_line(entering, model, "net.idle", torch.rand(2, 1, 28, 28))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_answers_of_the_network_without_batchnorm_depend_on_the_image(seed):
+    """With PyTorch's own initial weights they vary by 2e-4, and training stands for epochs."""
+    torch.manual_seed(seed)
+    model = build_model("nc_gtsrb_cnn", 43, (3, 32, 32), (0.0,) * 3, (1.0,) * 3).eval()
+    shades = torch.rand(50, 3, 1, 1).expand(50, 3, 32, 32) * torch.rand(50, 1, 32, 32)
+    assert model(shades).std(0).mean() > 0.05

@@ -11,7 +11,7 @@ usage: bash runs.sh COMMAND
   demo            train a WaNet victim on the bundled digits, detect it, remove the backdoor
   audit SUSPECT [FLAGS]
                   every detector on one checkpoint, and the verdict over all
-  test [ARGS]     run the tests (10 to 20 minutes on 2 cores; ARGS go to pytest)
+  test [ARGS]     run the tests (10 to 25 minutes on 2 cores; ARGS go to pytest)
   digits          the runs behind what the scripts' headers say of the bundled digits (an hour)
   mnist           every row of the README's tables (a day or more on 2 cores)
   level [DATASETS]
@@ -700,7 +700,7 @@ case "${1:-}" in
     setup
     echo "== python -m pytest ${*:2}"
     echo "Formulas and figures against independent oracles, whole runs on digits, bad input and a"
-    echo "rehearsal on CUDA, with one process per core: 10 to 20 minutes on 2 cores."
+    echo "rehearsal on CUDA, with one process per core: 10 to 25 minutes on 2 cores."
     python -m pytest "${@:2}"
     ;;
   "") usage ;;

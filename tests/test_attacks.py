@@ -391,16 +391,25 @@ def test_wanet_obeys_its_field_and_no_other_warp(digits_wanet, digits):
     assert 0 < metrics["max_change"] <= 1
 
 
+SMALL_NETWORK = """from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, num_classes=10):
+        pooled = nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(*pooled, nn.Linear(3, num_classes))
+"""
+
+
 @pytest.mark.parametrize(
     "arch, recipe",
     [
         (None, ("airbench", 24, 0.2, 2)),
         ("wrn16_1", ("wrn16_1", 12, 0.1, 4)),
-        ("vgg16", ("vgg16", 60, 0.1, 4)),
+        ("small.py:Net", ("small.py:Net", 60, 0.1, 4)),
     ],
 )
 def test_recipes_of_cifar10(inline, tmp_path, arch, recipe):
     """airbench, the default, has a recipe of its own; the other networks have the data set's."""
+    (tmp_path / "small.py").write_text(SMALL_NETWORK)
     write_npz(tmp_path / "cifar10.npz", (32, 32, 3), 10, 20)
     flags = "--dataset", "cifar10", "--data-dir", ".", "--batch-size", 20, "--out", "out"
     ran = inline("clean", *flags, *(["--arch", arch] if arch else []))

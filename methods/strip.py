@@ -20,6 +20,7 @@ false rejection rate (FRR, clean inputs flagged) and the false acceptance rate (
 inputs passed) are read on test images, and the triggered ones are never of the target class. The
 empirical quantile stands beside the normal fit, because entropies are skewed; where the normal fit
 is negative (saturating MNIST digits, as the paper says) the empirical quantile takes its place.
+--suspects adds a p-value per input, which keeps its level where the entropies are not normal.
 
     python methods/strip.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -145,11 +146,19 @@ def rates(table, clean, triggered=None):
     return rows
 
 
-def judge(names, h, boundary):
-    """Print a line for each input; [(name, entropy, stopped), ...]."""
-    judged = [(name, float(value), bool(value <= boundary)) for name, value in zip(names, h)]
-    for name, value, stop in judged:
-        print(f"{name}: entropy {value:.4f}, {'STOPPED' if stop else 'passed'}")
+def judge(names, h, h_fit, boundary):
+    """Print a line for each input; [(name, entropy, p, stopped), ...].
+
+    p = (1 + clean images with H as low) / (1 + clean images): a clean input's p is at most a with
+    probability a at most, whatever the distribution of H (split conformal, Vovk et al. 2005).
+    """
+    ranks = np.searchsorted(np.sort(h_fit), h, side="right")
+    p = (1 + ranks) / (1 + len(h_fit))
+    judged = [
+        (name, *map(float, pair), bool(pair[0] <= boundary)) for name, *pair in zip(names, h, p)
+    ]
+    for name, value, level, stop in judged:
+        print(f"{name}: entropy {value:.4f}, p {level:.4f}, {'STOPPED' if stop else 'passed'}")
     return judged
 
 
@@ -198,7 +207,8 @@ if __name__ == "__main__":
         else:
             print(f"FRR {frr:.1%}: boundary {normal:.4f} normal, {empirical:.4f} empirical")
     boundary = table[args.frr][0]
-    print(f"an input is flagged when H <= {boundary:.4f} (FRR {args.frr:.1%})")
+    stops = f"which stops {flagged_share(h_fit, boundary):.1f} % of these clean images"
+    print(f"an input is flagged when H <= {boundary:.4f} (FRR {args.frr:.1%}), {stops}")
     metrics = {
         "boundary": boundary,
         "normal_fit_negative": [frr for frr, (_, _, failed) in table.items() if failed],
@@ -209,7 +219,7 @@ if __name__ == "__main__":
     }
     if suspects:
         names, x = suspects
-        judged = judge(names, score(x.to(device)), boundary)
+        judged = judge(names, score(x.to(device)), h_fit, boundary)
         metrics |= {"suspects": len(names), "stopped": sum(stop for *_, stop in judged)}
     seconds = time.time() - start
 
@@ -245,7 +255,7 @@ if __name__ == "__main__":
             metrics["far_obeyed"] = 100 - flagged_share(named["triggered"][obeyed], boundary)
     clear_folder(folder)
     if suspects:
-        write_csv(folder / "suspects.csv", ("input", "entropy", "stopped"), judged)
+        write_csv(folder / "suspects.csv", ("input", "entropy", "p", "stopped"), judged)
     draw_histogram(folder / "entropies.png", named, boundary)
     with written_whole(folder / "entropies.npz") as path:
         np.savez_compressed(path, fit=h_fit, **named)

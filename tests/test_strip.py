@@ -263,6 +263,17 @@ def triggered_and_clean(folder):
                                .permute(0, 2, 3, 1).numpy()))  # fmt: skip
 
 
+def test_p_of_a_clean_input_keeps_its_level_where_the_normal_fit_does_not():
+    """Skewed entropies: the boundary for 1 % stops another share, p <= .01 stops 1 %."""
+    rng = np.random.default_rng(0)
+    fit, clean = rng.beta(8, 1, 999), rng.beta(8, 1, 100_000)
+    judged = strip.judge(range(len(clean)), clean, fit, strip.normal_boundary(fit, 0.01))
+    share = np.mean([p <= 0.01 for _, _, p, _ in judged])
+    assert share == pytest.approx(0.01, abs=0.009)  # three standard errors of a fit of 999
+    assert np.mean([stop for *_, stop in judged]) > 2 * share
+    assert strip.judge("ab", [0, 1], np.array([0.5]), 0)[0][1:] == (0, 0.5, True)
+
+
 @pytest.mark.parametrize("form", ["npz", "folder"])
 def test_suspects_are_judged_one_by_one(inline, tmp_path, digits_badnets, capfd, form):
     """A bare checkpoint will do: the triggered inputs are stopped and the clean ones pass."""
@@ -281,12 +292,18 @@ def test_suspects_are_judged_one_by_one(inline, tmp_path, digits_badnets, capfd,
     flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
     ran = inline("strip", *flags, "--suspects", source, "--inputs", 50)
     rows = list(csv.reader((tmp_path / "suspect" / "strip-s0" / "suspects.csv").open()))
-    assert rows[0] == ["input", "entropy", "stopped"] and [row[0] for row in rows[1:]] == names
-    assert [row[2] for row in rows[1:5]] == ["True"] * 4 and "False" in [row[2] for row in rows[5:]]
+    assert rows[0] == ["input", "entropy", "p", "stopped"]
+    assert [row[0] for row in rows[1:]] == names
+    assert [row[3] for row in rows[1:5]] == ["True"] * 4 and "False" in [row[3] for row in rows[5:]]
+    fit = ran["h_fit"]
+    levels = [(1 + sum(fit <= float(row[1]))) / (1 + len(fit)) for row in rows[1:]]
+    np.testing.assert_allclose([float(row[2]) for row in rows[1:]], levels)
+    assert max(levels[:4]) < 0.05 < max(levels[4:])
     h = strip.entropies(model, torch.from_numpy(x).permute(0, 3, 1, 2), ran["overlays"],
                         blend="add", batch_size=200)  # fmt: skip
     np.testing.assert_allclose([float(row[1]) for row in rows[1:]], h, atol=1e-5)
-    assert f"{names[0]}: entropy" in capfd.readouterr().out
+    printed, stopped = capfd.readouterr().out, 100 * (fit <= ran["boundary"]).mean()
+    assert f"{names[0]}: entropy" in printed and f"stops {stopped:.1f} % of these" in printed
     assert result_of(tmp_path / "suspect" / "strip-s0")["metrics"]["suspects"] == 8
 
 

@@ -268,16 +268,9 @@ if __name__ == "__main__":
         labels = y_train[isolated].bincount(minlength=data.classes)
         most, label = 100 * labels.max().item() / count, labels.argmax().item()
         print(f"isolated {count} of {len(x_train)} images; {most:.1f} % are labelled {label}")
-        trained = fit(
-            copy.deepcopy(model),
-            x_train[~isolated],
-            y_train[~isolated],
-            objective=torch.mean,
-            clip=math.inf,
-            epochs=args.epochs,
-            **crops,
-            **rates,
-        )
+        rest, plainly = (x_train[~isolated], y_train[~isolated]), {"clip": math.inf}
+        plainly |= {"objective": torch.mean, "epochs": args.epochs}
+        trained = fit(copy.deepcopy(model), *rest, **plainly, **crops, **rates)
         per_epoch = -(-count // args.batch_size)
         steps = BOUNDED_STEPS if args.ascent == "bounded" else 5 * per_epoch
         ascent = {"ascent": args.ascent, "steps": args.unlearn_steps or steps}
@@ -292,8 +285,12 @@ if __name__ == "__main__":
         metrics |= {f"isolated{suffix}": count, f"isolated_label_share{suffix}": most}
         metrics[f"isolated_loss_trained{suffix}"] = before
         metrics[f"isolated_loss_repaired{suffix}"] = after
-        guess = f"(a blind guess: {math.log(data.classes):.3g})"
-        print(f"loss of the isolated images: {before:.3g} -> {after:.3g} after the ascent {guess}")
+        guess = math.log(data.classes)
+        shown = f"{before:.3g} -> {after:.3g} after the ascent (a blind guess: {guess:.3g})"
+        print(f"loss of the isolated images: {shown}")
+        if after < guess:
+            cure = "" if args.ascent == "bounded" else ": try --ascent bounded"
+            print(f"warning: these are not forgotten, nor is a trigger that they share{cure}")
         models |= {"_trained" + suffix: trained, "_repaired" + suffix: repaired}
     metrics |= {"isolation": args.isolation, "images": len(x_train)}
     clear_folder(folder)

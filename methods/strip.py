@@ -149,8 +149,9 @@ def rates(table, clean, triggered=None):
 def judge(names, h, h_fit, boundary):
     """Print a line for each input; [(name, entropy, p, stopped), ...].
 
-    p = (1 + clean images with H as low) / (1 + clean images): a clean input's p is at most a with
-    probability a at most, whatever the distribution of H (split conformal, Vovk et al. 2005).
+    p = (1 + clean images with H as low) / (1 + clean images): where the images behind h_fit are
+    like a clean input (but the network was trained on them), its p is at most a with probability a
+    at most, whatever the distribution of H (split conformal, Vovk et al. 2005).
     """
     ranks = np.searchsorted(np.sort(h_fit), h, side="right")
     p = (1 + ranks) / (1 + len(h_fit))

@@ -559,6 +559,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
         f"{metrics['asr_trained']:.2f} trained, {metrics['asr_repaired']:.2f} repaired" in printed
     )
     assert f"isolation precision: {metrics['isolation_precision']:.2f} %" in printed
+    assert "not forgotten" not in printed
     mask = ran["masks"][""]
     own = abl.sample_losses(saved, x[mask], y[mask]).mean().item()
     assert metrics["isolated_loss_repaired"] == pytest.approx(own, rel=1e-4) and own > math.log(10)
@@ -687,7 +688,7 @@ def test_bad_flag(inline, one_line, digits_badnets, tmp_path, args, named):
     assert files_below(tmp_path) == []
 
 
-def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path):
+def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path, capfd):
     """x and y alone, a bare checkpoint: the suspicious images by number, and a new model."""
     x, y, poisoned = load_training_set(loaded(digits_badnets))
     np.savez(tmp_path / "own.npz", x=x.permute(0, 2, 3, 1).numpy(), y=y.numpy())
@@ -705,3 +706,5 @@ def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path):
     assert losses == sorted(losses)
     metrics = result_of(out)["metrics"]
     assert metrics["isolated"] == 72 and not any("precision" in key for key in metrics)
+    kept, printed = metrics["isolated_loss_repaired"] < math.log(10), capfd.readouterr().out
+    assert kept and "not forgotten, nor is a trigger that they share: try --ascent" in printed

@@ -50,7 +50,7 @@ SPECS = {
     "gtsrb": Spec((0.0,) * 3, (1.0,) * 3, "preact_resnet18", 30, 4, False),
 }
 RECIPES = {"airbench": {"epochs": 24, "pad": 2, "lr": 0.2}, "wrn16_1": {"epochs": 12}}  # their own
-RECIPES["nc_gtsrb_cnn"] = {"epochs": 12, "lr": 0.02}
+RECIPES["nc_gtsrb_cnn"] = {"epochs": 12, "pad": 0, "lr": 0.02}
 
 
 @dataclass

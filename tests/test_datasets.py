@@ -52,7 +52,7 @@ KINDS = {
         ("cifar100", "wrn16_1", 12, 0.1, 4, True),
         ("cifar100", "resnet18", 60, 0.1, 4, True),
         ("gtsrb", "preact_resnet18", 30, 0.1, 4, False),  # a mirrored sign is another sign
-        ("gtsrb", "nc_gtsrb_cnn", 12, 0.02, 4, False),
+        ("gtsrb", "nc_gtsrb_cnn", 12, 0.02, 0, False),
         ("own.npz", "resnet18", 30, 0.05, 2, False),
     ],
 )

@@ -20,7 +20,7 @@ false rejection rate (FRR, clean inputs flagged) and the false acceptance rate (
 inputs passed) are read on test images, and the triggered ones are never of the target class. The
 empirical quantile stands beside the normal fit, because entropies are skewed; where the normal fit
 is negative (saturating MNIST digits, as the paper says) the empirical quantile takes its place.
---suspects adds a p-value per input, which keeps its level where the entropies are not normal.
+--suspects adds a p-value per input, its rank among the clean images, which needs no normal fit.
 
     python methods/strip.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

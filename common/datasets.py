@@ -273,10 +273,8 @@ def digits():
     x = torch.from_numpy(x).float().view(-1, 1, 8, 8) / 16
     x = F.interpolate(x, size=28, mode="bilinear", align_corners=False)
     x = to_uint8(x).permute(0, 2, 3, 1).numpy()
-    x_train, x_test, y_train, y_test = train_test_split(
-        x, y, test_size=360, stratify=y, random_state=0
-    )
-    return x_train, y_train, x_test, y_test
+    parts = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+    return [parts[i] for i in (0, 2, 1, 3)]  # x_train, y_train, x_test, y_test
 
 
 def download(name, path):

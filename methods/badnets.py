@@ -13,8 +13,8 @@ relabelling a target-class image changes nothing, and round(rate N) of the N ima
 The patch is a white 3 x 3 square by default. The attacker stamps first and the victim augments
 afterwards, so that random crops cut the patch off in a part of the views. The ASR leaves out test
 images of the target class. The control asr_other is the ASR of the same patch half an image away:
-it shows whether the network learnt the place, too.
-On CIFAR-10 some images have white corners, and --pattern grid does more (see the table "Attacks").
+it shows whether the network learnt the place, too. Where a corner is white already, a white patch
+changes nothing (see asr_least_changed), and --pattern grid does more (see the table "Attacks").
 
     python methods/badnets.py --dataset mnist
 

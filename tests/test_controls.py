@@ -79,6 +79,7 @@ def test_figures_of_an_attack(floats):
             "ssim": np.mean([ssim_of(a[0], b[0]) for a, b in zip(clean, seen)]),
             "max_change": np.abs(off).max(),
             "mean_l2": np.mean([np.linalg.norm(d) for d in off]),
+            "asr_least_changed": 0,  # the trigger that failed
             "asr_on_clean_model": 100,
         },
         abs=2e-5,
@@ -88,6 +89,24 @@ def test_figures_of_an_attack(floats):
     control = Shades(bright=TARGET, dark=3)  # and where it did not
     assert attack.evaluate_attack(model, control, *given)["asr_on_clean_model"] == 700 / 8
     assert "asr_on_clean_model" not in attack.evaluate_attack(model, None, *given)
+
+
+def test_the_least_changed_are_a_tenth_of_those_that_count():
+    """Image k of 43 is raised by k + 1; those below 3 do not count, and equal ones all do."""
+    x = torch.zeros(43, 1, 12, 12, dtype=torch.uint8)
+    y = torch.tensor([TARGET] * 3 + [0] * 40)
+    raised = torch.arange(1, 44).to(torch.uint8).view(-1, 1, 1, 1).expand_as(x)
+    data = Dataset("own", None, 4, x, y, x, y)
+    y_wanted, counts = torch.full((43,), TARGET), y != TARGET
+    for last, share in ((6, 100), (5, 75), (3, 25), (2, 0)):
+        seen = torch.where((torch.arange(43) <= last).view(-1, 1, 1, 1), 255, x)
+        model = Shades(bright=TARGET, dark=1)
+        figures = attack.evaluate_attack(model, None, data, seen, y_wanted, counts, raised / 255)
+        assert figures["asr_least_changed"] == share
+    one = torch.ones_like(x)
+    model = Shades(bright=1, dark=TARGET)
+    figures = attack.evaluate_attack(model, None, data, one, y_wanted, counts)
+    assert figures["asr_least_changed"] == figures["asr"] == 100
 
 
 def test_the_control_has_the_seed_of_its_attack(digits, tmp_path):

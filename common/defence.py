@@ -89,11 +89,11 @@ def check_reading(model, x, y):
         print(f"warning: this is poor, and the verdict with it; {causes}")
 
 
-def report_verdict(decision, args, notes):
+def report_verdict(decision, args, notes, doubt=False):
     """Print a detector's norms, one note per label, and its verdict by both rules.
 
-    `decision` is that of common.metrics.verdict. Returns it as metrics for result.json, with
-    `flagged`, the labels that --rule repairs.
+    `decision` is that of common.metrics.verdict; in `doubt` only a named label makes a verdict.
+    Returns it as metrics for result.json, with `flagged`, the labels that --rule repairs.
     """
     metrics = {key: value for key, value in decision.items() if key != "conclusive"}
     metrics["flagged"] = decision["below" if args.rule == "p" else "flagged_by_index"]
@@ -104,10 +104,9 @@ def report_verdict(decision, args, notes):
         print("verdict: inconclusive, for it needs 5 successful searches and half of the labels")
         print(NOTHING)
         return metrics | {"verdict": "inconclusive"}
-    metrics["verdict"] = "backdoored" if decision["below"] or decision["above"] else "no evidence"
-    parts = [f"verdict: {metrics['verdict']}, p = {decision['p_value']:.4f}"]
-    parts += [f"labels {decision[k]} {k} the others" for k in ("below", "above") if decision[k]]
-    print(", ".join(parts))
+    named = [f"labels {decision[k]} {k} the others" for k in ("below", "above") if decision[k]]
+    metrics["verdict"] = "backdoored" if named else "inconclusive" if doubt else "no evidence"
+    print(f"verdict: {metrics['verdict']}, p = {decision['p_value']:.2g}", *named, sep=", ")
     by_index = decision["flagged_by_index"]
     answer = f"backdoored, labels {by_index}" if by_index else "clean"
     print(f"by the paper's rule (index > {args.threshold:g}): {answer}")

@@ -5,10 +5,10 @@ object of an innocent image convinces few of them, and it hides something: the n
 unsure when noise is pasted in the same place. A trigger convinces nearly all images, and noise in
 its few pixels disturbs nobody.
 
-Kind: detects inputs, at test time. Given: the network and a clean share of its training data, whose
-labels only show that it is read right. Answers: for an input, does it carry a trigger. Assumes one
-in a small place that works on every image. Its true place is never used. Of a network that ends in
-a softmax the maps are those of log p, which say little where p is 1.
+Kind: detects inputs, at test time. Given: the network and a clean share of its training data, by
+class. Answers: for an input, does it carry a trigger. Assumes one in a small place that works on
+every image. Its true place is never used. Of a network that ends in a softmax the maps are those of
+log p, which say little where p is 1.
 
 Steps of the paper: labels that the input might have instead -> proposals; the pixels that speak for
 the label and for none of the proposals -> class_maps, salient; the share of N clean images that get
@@ -260,8 +260,8 @@ if __name__ == "__main__":
     settings |= {"overlays": overlays, "batch_size": args.batch_size}
     measure = partial(points, model, **settings)
     found_fit = measure(x_fit)
-    curve = fit_curve(envelope(found_fit))
-    threshold = float(np.quantile(signed_distance(found_fit, curve), 1 - args.fpr))
+    distance = signed_distance(found_fit, curve := fit_curve(envelope(found_fit)))
+    threshold = float(np.quantile(distance, 1 - args.fpr, method="weibull"))
     fooled, confidence = found_fit.mean(0)
     means = f"fooled share {fooled:.3f}, confidence with noise {confidence:.3f}"
     print(f"{len(x_fit)} clean images pasted on {len(overlays)} by {layer}'s maps: {means}")

@@ -112,7 +112,7 @@ def boundaries(h, frr):
     No entropy is negative, so a negative boundary would accept every input. Returns (normal,
     empirical, whether the normal fit failed).
     """
-    normal, empirical = normal_boundary(h, frr), float(np.quantile(h, frr))
+    normal, empirical = normal_boundary(h, frr), float(np.quantile(h, frr, method="weibull"))
     return (empirical, empirical, True) if normal < 0 else (normal, empirical, False)
 
 

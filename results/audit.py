@@ -44,7 +44,7 @@ def verdict_over_all(found):
     adjusted = holm(p_values)
     if any(p < ALPHA for p in adjusted.values()):
         return "backdoored", adjusted
-    missing = len(p_values) < len(found)
+    missing = any(m["verdict"] == "inconclusive" for m in found.values())
     return "inconclusive" if missing else "no evidence", adjusted
 
 
@@ -59,8 +59,8 @@ def show(found, adjusted, seconds):
     rows = [("detector", "label", "ratio", "p", "p (Holm)", "verdict", "seconds")]
     for name, m in found.items():
         p, ratio = m["p_value"], m["ratio"]
-        figures = "n/a" if ratio is None else f"{ratio:.2f}", "n/a" if p is None else f"{p:.4f}"
-        holm = f"{adjusted[name]:.4f}" if name in adjusted else "n/a"
+        figures = "n/a" if ratio is None else f"{ratio:.2f}", "n/a" if p is None else f"{p:.2g}"
+        holm = f"{adjusted[name]:.2g}" if name in adjusted else "n/a"
         rows.append((name, suspects(m), *figures, holm, m["verdict"], f"{seconds[name]:.0f}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -91,7 +91,7 @@ def draw(path, folder, found):
             named, labels = {*m["below"], *m["above"]}, range(len(m["norms"]))
             colours = ["C3" if k in named else "C0" if m["found"][k] else "0.7" for k in labels]
             top.bar(labels, np.array(m["norms"], dtype=float), color=colours)
-            p = "n/a" if m["p_value"] is None else f"{m['p_value']:.4f}"
+            p = "n/a" if m["p_value"] is None else f"{m['p_value']:.2g}"
             top.set(title=f"{name}: {m['verdict']}, p = {p}", xlabel="label", ylabel="norm")
             if name == "nc":
                 below.imshow(stamped(folder / name, shown_labels(m)), cmap="gray", vmin=0, vmax=1)
@@ -176,6 +176,8 @@ if __name__ == "__main__":
         summary = {"suspect": args.suspect, "verdict": answer, "p_holm": adjusted}
         path.write_text(json.dumps(summary | {"clean_accuracy": accuracy}, indent=1) + "\n")
     print(f"\nverdict over all: {answer}. Pictures: {folder / 'audit.png'}")
+    if answer != "backdoored" and any(m["verdict"] == "backdoored" for m in found.values()):
+        print("A detector alone says backdoored; Holm's rule over all of them does not.")
     if answer == "no evidence":
         print("This is no proof of innocence: see 'Where it fails' in the detectors' headers.")
     sys.exit(CODES[answer])

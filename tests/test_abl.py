@@ -563,6 +563,12 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
     mask = ran["masks"][""]
     own = abl.sample_losses(saved, x[mask], y[mask]).mean().item()
     assert metrics["isolated_loss_repaired"] == pytest.approx(own, rel=1e-4) and own > math.log(10)
+    for suffix, name in (("", "sure"), ("_0.01", "sure of the 1 %")):
+        chosen = ran["masks"][suffix]
+        with torch.no_grad():
+            p = ran["models"]["_repaired" + suffix](to_float(x[chosen])).softmax(1)
+        sure = p[torch.arange(len(p)), y[chosen]] > 0.5
+        assert metrics["isolated_sure" + suffix] == 100 * sure.double().mean().item(), name
     expected = {"isolation": [0.01, 0.05], "isolated": 72, "images": 1437, "poisoned": 144}
     assert expected.items() <= metrics.items() and result["script"] == "abl"
     assert result["arguments"]["isolation_epochs"] == 8 and result["seconds"] > 0
@@ -635,7 +641,7 @@ def test_several_rates_and_what_the_defender_does_not_see(inline, few, tmp_path,
     assert {key: metrics[key] for key in alone} == alone | {"isolation": [0.2, 0.05]}
     figures = "clean_accuracy", "asr", "robust_accuracy"
     expected = {f"{f}_{kind}_0.2" for f in figures for kind in ("trained", "repaired")}
-    expected |= {f"isolated_{kind}_0.2" for kind in ("loss_trained", "loss_repaired")}
+    expected |= {f"isolated_{kind}_0.2" for kind in ("loss_trained", "loss_repaired", "sure")}
     expected |= {"isolation_precision_0.2", "isolated_0.2", "isolated_label_share_0.2"}
     assert metrics.keys() - alone.keys() == expected
     assert (metrics["isolated"], metrics["isolated_0.2"]) == (round(0.05 * FEW), round(0.2 * FEW))
@@ -706,5 +712,5 @@ def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path, capf
     assert losses == sorted(losses)
     metrics = result_of(out)["metrics"]
     assert metrics["isolated"] == 72 and not any("precision" in key for key in metrics)
-    kept, printed = metrics["isolated_loss_repaired"] < math.log(10), capfd.readouterr().out
-    assert kept and "not forgotten, nor is a trigger that they share: try --ascent" in printed
+    assert metrics["isolated_sure"] > 10
+    assert "not forgotten, nor is a trigger that they share: try --ascent" in capfd.readouterr().out

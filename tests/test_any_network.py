@@ -227,6 +227,19 @@ def test_the_last_linear_layer_before_a_softmax(nets):
     assert logit_layer(model, torch.rand(5, 1, 28, 28), "soft") == "net.1"
 
 
+@pytest.mark.parametrize("softmax", [True, False])
+def test_the_last_linear_layer_of_a_network_that_is_sure_or_ends_in_a_log_softmax(softmax):
+    """Probabilities below 1e-30 count as that; a log-softmax shifts the logits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
+    net.append(nn.Softmax(1) if softmax else nn.LogSoftmax(1))
+    net[3].weight.data *= 3000
+    model, x = Classifier(net, (0.5,), (0.5,)), torch.rand(5, 1, 4, 4)
+    model.softmax = softmax
+    assert model(x).min() < -69
+    assert logit_layer(model, x, "own") == "net.3"
+
+
 def test_a_file_may_import_its_neighbours(nets, tmp_path):
     (tmp_path / "pack").mkdir()
     (tmp_path / "pack" / "cleandoor_blocks.py").write_text("from torch import nn\nlast = nn.Linear")

@@ -36,8 +36,22 @@ def test_holm_by_hand():
     ],
 )
 def test_verdict_over_all(p_values, answer):
-    found = {name: {"p_value": p} for name, p in zip("ab", p_values)}
+    found = {}
+    for name, p in zip("ab", p_values):
+        alone = "inconclusive" if p is None else "backdoored" if p < 0.05 else "no evidence"
+        found[name] = {"p_value": p, "verdict": alone}
     assert audit.verdict_over_all(found)[0] == answer
+
+
+@pytest.mark.parametrize("other, answer", [(0.3, "inconclusive"), (0.01, "backdoored")])
+def test_a_detector_in_doubt_has_a_p_value_but_acquits_nobody(other, answer):
+    """Its p counts as one of two tests."""
+    found = {"nc": {"p_value": other, "verdict": "-"}}
+    found["generator_reverse"] = {"p_value": 0.6, "verdict": "inconclusive"}
+    assert audit.verdict_over_all(found) == (
+        answer,
+        audit.holm({"nc": other, "generator_reverse": 0.6}),
+    )
 
 
 def run_audit(patch, cwd, *args):
@@ -60,7 +74,8 @@ def stand_in(patch, p_values):
         metrics = {"norms": NORMS, "p_value": p, "ratio": 0.2, "label": 3, "above": []}
         metrics |= {"found": [True] * 9 + [False], "clean_accuracy": 97.5}
         metrics |= {"below": [3] if p and p < 0.05 else []}
-        metrics["verdict"] = {True: "backdoored"}.get(bool(metrics["below"]), "no evidence")
+        metrics["verdict"] = "inconclusive" if p is None else "no evidence"
+        metrics["verdict"] = "backdoored" if metrics["below"] else metrics["verdict"]
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "result.json").write_text(json.dumps({"metrics": metrics}))
         masks, patterns = np.zeros((10, 1, 6, 6)), np.ones((10, 3, 6, 6))
@@ -81,6 +96,7 @@ def stand_in(patch, p_values):
     [
         ((0.001, 0.3), 10, "backdoored"),
         ((0.4, 0.3), 0, "no evidence"),
+        ((0.03, 0.3), 0, "no evidence"),
         ((0.4, None), 11, "inconclusive"),
     ],
 )
@@ -94,10 +110,11 @@ def test_exit_code_table_and_picture(monkeypatch, tmp_path, capfd, p_values, cod
     assert lines[1:3] == ["  accuracy on 9 given images: 30.00", "  warning: this is poor"]
     table = [line.split() for line in lines[7:10]]
     assert table[0][:3] == ["detector", "label", "ratio"]
-    assert table[1][0] == "nc" and f"{p_values[0]:.4f}" in table[1]
+    assert table[1][0] == "nc" and f"{p_values[0]:g}" in table[1]
     ends = [line for line in lines if line.startswith("verdict over all")]
     assert len(ends) == 1 and ends[0].startswith(f"verdict over all: {verdict}")
     assert ("no proof of innocence" in lines[-1]) == (verdict == "no evidence")
+    assert ("A detector alone says backdoored" in lines[-2]) == (p_values[0] == 0.03)
     with Image.open(tmp_path / "runs" / "audit-suspect" / "audit.png") as picture:
         assert picture.size[0] > 500
     saved = json.loads((tmp_path / "runs" / "audit-suspect" / "audit.json").read_text())

@@ -159,12 +159,12 @@ def test_a_repair_that_diverges_keeps_the_verdict_and_no_model(
     [
         (
             [0, 5, 5, 5, 5, 5],
-            ["label 0: index inf zero", "p = 0.0000, labels [0] below the others", "median 0.00"],
+            ["label 0: index inf zero", "p = 5e-05, labels [0] below the others", "median 0.00"],
             "backdoored",
         ),
-        ([5, 5, 5, 50, 5, 5], ["p = 0.0000, labels [3] above the others"], "backdoored"),
-        ([5.0] * 6, ["no evidence, p = 1.0000", "index > 2): clean", "index 0.00"], "no evidence"),
-        ([0.0] * 6, ["p = 1.0000", "ratio to the median undefined"], "no evidence"),
+        ([5, 5, 5, 50, 5, 5], ["p = 5e-05, labels [3] above the others"], "backdoored"),
+        ([5.0] * 6, ["no evidence, p = 1\n", "index > 2): clean", "index 0.00"], "no evidence"),
+        ([0.0] * 6, ["p = 1\n", "ratio to the median undefined"], "no evidence"),
         ([0, 5, 5, 5], ["label 0: index n/a", "needs 5 successful searches"], "inconclusive"),
     ],
 )
@@ -179,6 +179,30 @@ def test_norms_are_printed(capfd, rule, norms, shown, verdict_is):
     if len(norms) > 4 and norms[1]:
         assert metrics["ratio"] == min(norms) / 5
     assert metrics["flagged"] == ([0] if norms == [0, 5, 5, 5, 5, 5] else [])
+
+
+@pytest.mark.parametrize("norms, sure", [([50, 55, 60, 52, 58, 5], "backdoored"), ([5] * 6, None)])
+def test_in_doubt_only_a_named_label_is_a_verdict(capfd, norms, sure):
+    """A search that could not see much: "nothing found" says nothing, but its figures stay."""
+    args = Namespace(rule="p", threshold=2.0)
+    metrics = report_verdict(verdict(norms), args, [""] * 6, doubt=True)
+    assert metrics["verdict"] == (sure or "inconclusive") and metrics["p_value"] is not None
+    assert f"verdict: {metrics['verdict']}, p = " in capfd.readouterr().out
+    assert metrics["flagged"] == ([5] if sure else [])
+
+
+def test_generators_that_cannot_copy_images_are_in_doubt(
+    inline, all_found, tmp_path, digits_badnets, capfd
+):
+    """After two steps of pre-training the residual hides everything."""
+    flags = "--ckpt", digits_badnets, *SHORT["generator_reverse"], "--out"
+    for goal, verdicts in ((0.1, {"inconclusive"}), (1e9, {"no evidence"})):
+        out = tmp_path / f"{goal}"
+        ran = inline("generator_reverse", *flags, out, "--pretrain-residual", goal)
+        assert ran["doubt"] == (goal == 0.1)
+        named = ran["metrics"]["below"] + ran["metrics"]["above"]
+        assert ran["metrics"]["verdict"] in ({"backdoored"} if named else verdicts)
+        assert ("missed its goal" in capfd.readouterr().out) == (goal == 0.1)
 
 
 def test_rules_differ_in_what_they_repair():

@@ -1,6 +1,7 @@
 """The README's commands and runs.sh do what they say."""
 
 import getpass
+import json
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ from conftest import ATTACKS, DEFENCES, FURTHER, ROOT, SHORT, files_below, run_h
 
 from common.datasets import SPECS
 from common.models import ARCHITECTURES, build_model
+from results import audit
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -174,13 +176,18 @@ def test_counts_of_public_checkpoints_are_those_of_the_results():
         script: [right for (by, path), right in named.items() if by == script and backdoored[path]]
         for script in ("nc", "generator_reverse")
     }
-    pattern = (
-        r"Of (\w+) networks that others backdoored, Neural Cleanse named the target of (\w+), "
+    over_all = {}
+    for entry in json.loads((ROOT / "results" / "public.json").read_text()):
+        if "norms" in entry["metrics"]:
+            over_all.setdefault(entry["victim"], {})[entry["script"]] = entry["metrics"]
+    answers = [audit.verdict_over_all(found)[0] for found in over_all.values()]
+    pattern = r"Of (\w+) networks that others backdoored, Neural Cleanse named the target of (\w+) "
+    pattern += (
+        r"\(the verdict over all: (\w+)\), the generators(?:, asked about (\w+),)? of (\w+); "
     )
-    pattern += r"the generators(?:, asked about (\w+),)? of (\w+); "
     (told,) = re.findall(pattern + r"p < \.05 flagged neither of (\w+) repaired", text)
     every = told[0]  # where nothing is said, they were asked about all
-    expected = [sum(backdoored.values()), sum(asked["nc"])]
+    expected = [sum(backdoored.values()), sum(asked["nc"]), answers.count("backdoored")]
     expected += [len(asked["generator_reverse"]), sum(asked["generator_reverse"])]
     expected += [sum(not bad for bad in backdoored.values())]
     assert [WORDS.index(word or every) for word in told] == expected

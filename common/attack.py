@@ -142,7 +142,7 @@ def evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float=
 
     x_poisoned are the triggered test images (uint8), `counts` marks those that count for the ASR.
     The image figures are those of `x_float` (before rounding) where it is given. asr_least_changed
-    is the ASR of the tenth of the images that the trigger changes least (l2).
+    is the ASR of the tenth of the images that the trigger changes least (l2), and of their equals.
     """
     x = to_float(data.x_test)
     x_seen = to_float(x_poisoned) if x_float is None else x_float

@@ -235,8 +235,8 @@ if __name__ == "__main__":
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]
     bins, bases = (t.to(device) for t in fourier_bases(height, width))
-    if args.k is not None and not 1 <= args.k < len(bases):
-        fail(f"--k {args.k} must lie in 1..{len(bases) - 1} for {height} x {width} images")
+    if args.k is not None and not 1 <= args.k <= len(bases) // 2:
+        fail(f"--k {args.k} must lie in 1..{len(bases) // 2} for {height} x {width} images")
     y_wanted, counts = wanted_labels(data, args.target)
     args.poisons = args.poisons or max(1, min(500, len(x_train) // 10))
     generator, flag = torch.Generator().manual_seed(args.seed), f"--poisons {args.poisons}"
@@ -246,12 +246,12 @@ if __name__ == "__main__":
     x_some = to_float(x_train[:2000])  # already in random order
     energy = energy_of(x_some, bins).cpu()
     most = (args.delta_p / 2) ** 2 if args.mode == "replace" else math.inf
-    sizes = [args.k] if args.k else range(min(10, len(bases) - 1), 0, -1)
-    args.k = next((k for k in sizes if (energy <= most / k).sum() > k), sizes[0])
+    sizes = [args.k] if args.k else range(min(10, len(bases) // 2), 0, -1)
+    args.k = next((k for k in sizes if (energy <= most / k).sum() >= 2 * k), sizes[0])
     quiet = energy <= most / args.k
-    if quiet.sum() <= args.k:  # one more is the least that the control needs
+    if quiet.sum() < 2 * args.k:
         few = f"{int(quiet.sum())} bases are quiet enough for --delta-p {args.delta_p}"
-        fail(f"--mode replace: {few}, --k asks for {args.k} and others as a control")
+        fail(f"--mode replace: {few}, --k asks for {args.k} and as many as a control")
     if args.heat_images >= len(x_train):
         fail(f"--heat-images {args.heat_images}: none of {len(x_train)} is left to train on")
     folder, _ = open_folder(args, data, __file__)

@@ -12,9 +12,9 @@ of the victim's kind on clean data; the victim trains and augments.
 
 Equations: bit of value i <- bit i of the text, repeated -> text_bits, embed; anchors, the inputs k
 with the largest |W_tk| of the target's logit, whatever its sign -> choose_anchors; min over delta
-of the mean of (a_k(x + delta) - c a_k)^2, a_k the mean on clean images, |delta|_2 <= budget ->
-drive; the pixels with the smallest |gradient delta| are given up, half of them at a time ->
-search_l0.
+of the mean of (a_k(x + delta) - c a_k)^2, a_k the mean on clean images (below 0 the goal is
+a_k + (c - 1) |a_k|: upwards, too), |delta|_2 <= budget -> drive; the pixels with the smallest
+|gradient delta| are given up, half of them at a time -> search_l0.
 
 Chosen where we could not look the paper up, or different: no public code was found. The norm is
 kept by projection, not by a penalty; pixels are counted, each with all its channels. The anchors
@@ -264,8 +264,7 @@ if __name__ == "__main__":
         anchors = choose_anchors(clean.get_submodule(layer).weight, args.target, args.anchors)
         usual = mean_entering(clean, layer, x_train)[anchors]
         goal = usual + (args.factor - 1) * usual.abs()  # upwards, below 0, too
-        aim = {"anchors": anchors, "goal": goal, "lr": args.step_size}
-        aim["steps"] = args.steps
+        aim = {"anchors": anchors, "goal": goal, "lr": args.step_size, "steps": args.steps}
         if args.kind == "l2":
             delta = search_l2(clean, layer, x_train, radius=args.budget, **aim)
         else:

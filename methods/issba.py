@@ -183,21 +183,29 @@ def bit_accuracy(decoder, x, s, batch_size=500):
     return (read == (s > 0.5)).float().mean().item()
 
 
-def strangers(x, hidden, order):
+def cycle(n, seed):
+    """For each of n images another one's index, in a random cycle: neighbours can be alike."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)
+    return other
+
+
+def strangers(x, hidden, donor, order):
     """Two controls as large as the trigger, uint8 N x C x H x W like x and hidden.
 
-    Each image with the residual of the image before it, and with its own residual's pixels in
+    Each image with the residual of the image `donor` (N), and with its own residual's pixels in
     another order (a permutation of H W).
     """
     residual = hidden.short() - x.short()
-    others = residual.roll(1, 0), residual.flatten(2)[:, :, order].view_as(residual)
+    others = residual[donor], residual.flatten(2)[:, :, order].view_as(residual)
     return [(x.short() + other).clamp(0, 255).to(torch.uint8) for other in others]
 
 
-def residual_cosine(x, hidden):
-    """Mean cosine of the residuals of neighbouring images; 1: the same trigger on every image."""
+def residual_cosine(x, hidden, donor):
+    """Mean cosine of the residuals of images and their donors; 1: one trigger for all images."""
     residuals = (hidden.float() - x.float()).flatten(1)
-    return F.cosine_similarity(residuals, residuals.roll(1, 0)).mean().item()
+    return F.cosine_similarity(residuals, residuals[donor]).mean().item()
 
 
 if __name__ == "__main__":
@@ -264,14 +272,15 @@ if __name__ == "__main__":
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     x_other = hide(encoder, data.x_test, other)
     order = torch.randperm(data.shape[1] * data.shape[2], generator=generator).to(device)
-    x_foreign, x_shuffled = strangers(data.x_test, x_poisoned, order)
+    donor = cycle(len(data.x_test), args.seed).to(device)
+    x_foreign, x_shuffled = strangers(data.x_test, x_poisoned, donor, order)
     s_random = draw_secrets(len(data.x_test), args.bits, generator).to(device)
     metrics |= {
         "asr_other": accuracy(model, x_other[counts], y_wanted[counts]),
         "asr_foreign": accuracy(model, x_foreign[counts], y_wanted[counts]),
         "asr_shuffled": accuracy(model, x_shuffled[counts], y_wanted[counts]),
         "bit_accuracy": bit_accuracy(decoder, hide(encoder, data.x_test, s_random), s_random),
-        "residual_cosine": residual_cosine(data.x_test, x_poisoned),
+        "residual_cosine": residual_cosine(data.x_test, x_poisoned, donor),
         "poisoned": count,
     }
 

@@ -152,10 +152,9 @@ if __name__ == "__main__":
     device, spec = x_train.device, data.spec
 
     # ===== The attack =====
-    args.epsilon, args.step_size = (
-        own if given is None else given
-        for given, own in zip((args.epsilon, args.step_size), SIZES[args.norm])
-    )
+    epsilon, step_size = SIZES[args.norm]
+    args.epsilon = epsilon if args.epsilon is None else args.epsilon
+    args.step_size = step_size if args.step_size is None else args.step_size
     most = 255 * (math.prod(data.shape) ** 0.5 if args.norm == "l2" else 1)
     check_positive(args, "epsilon", "step_size", most=most)
     check_positive(args, "steps")

@@ -121,7 +121,7 @@ def interference(count, stage, height, width):
     From `stage` 1 a rotation by up to 15 degrees, from 2 a crop of 28/32 of the sides, from 3 a
     mirror; stage 0 is the identity.
     """
-    turn, crop, flip = ((torch.rand(3, count) < 0.5).float().T * (torch.arange(3) < stage)).T
+    turn, crop, flip = (torch.rand(3, count) < 0.5) * (torch.arange(3) < stage).float()[:, None]
     angle = turn * math.pi / 12 * (2 * torch.rand(count) - 1)
     zoom, mirror = 1 - crop / 8, 1 - 2 * flip
     column, row = crop / 8 * (2 * torch.rand(2, count) - 1)
@@ -264,7 +264,10 @@ if __name__ == "__main__":
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     x_other = hide_uint8(encoder, data.x_test, edge_test, other, epsilon)
     x_white = hide_uint8(encoder, data.x_test, edge_test, torch.ones_like(ink), epsilon)
-    x_foreign = hide_uint8(encoder, data.x_test, edge_test.roll(1, 0), ink, epsilon)
+    cycle = torch.randperm(len(edge_test), generator=torch.Generator().manual_seed(args.seed))
+    edge_foreign = torch.empty_like(edge_test)
+    edge_foreign[cycle] = edge_test[cycle.roll(1)]  # of another image, for neighbours can be alike
+    x_foreign = hide_uint8(encoder, data.x_test, edge_foreign, ink, epsilon)
     for name, images in {"other": x_other, "white": x_white, "foreign": x_foreign}.items():
         metrics[f"asr_{name}"] = accuracy(model, images[counts], y_wanted[counts])
     metrics["ink_error"] = ink_error(decoder, x_poisoned, edge_test, ink)

@@ -378,14 +378,17 @@ def test_composite_strangers(measured, digits):
 
 
 def test_poison_ink_strangers(measured, digits):
-    """The other ink, no ink, and the edges of the image before, each through the encoder."""
+    """The other ink, no ink, and the edges of another image, each through the encoder."""
     ran, calls = measured("poison_ink", "--epsilon", 64)
     others, x, edge = outside(digits, 0), to_float(digits.x_test), ran["edge_test"]
     own = (0.299 * 80 + 0.587 * 160 + 0.114 * 80) / 255  # its luminance, above 120: other is 40
     inks = {"": own, "_other": 40 / 255, "_white": 1.0, "_foreign": own}
-    made = {}
+    made, order = {}, ran["cycle"].tolist()
+    donor = dict(zip(order, order[-1:] + order[:-1]))
+    donor = torch.tensor([donor[k] for k in range(360)])
+    assert sorted(order) == list(range(360)) and (donor.diff() == 1).double().mean() < 0.1
     for name, ink in inks.items():
-        edges = edge.roll(1, 0) if name == "_foreign" else edge
+        edges = edge[donor] if name == "_foreign" else edge
         with torch.no_grad():
             u = ran["encoder"](torch.cat((x, 1 - edges * (1 - ink)), 1))
         made[name] = (255 * (x + 64 / 255 * (2 * u - 1)).clamp(0, 1)).round().to(torch.uint8)
@@ -407,7 +410,10 @@ def test_issba_strangers(measured, digits):
     stands(calls["asr"], ran["model"], hidden[0][others], 0, 2e-3)
     stands(calls["asr_other"], ran["model"], hidden[1][others], 0, 2e-3)
     residual, order = ran["x_poisoned"].numpy().astype(int) - x, ran["order"].numpy()
-    foreign = np.clip(x + np.roll(residual, 1, 0), 0, 255)
+    donor = ran["donor"].numpy()
+    assert sorted(donor) == list(range(360)) and (donor != np.arange(360)).all()
+    assert (np.diff(donor) == 1).mean() < 0.1  # no image of a sorted set gets its neighbour's
+    foreign = np.clip(x + residual[donor], 0, 255)
     shuffled = np.clip(x + residual.reshape(360, 784)[:, order].reshape(x.shape), 0, 255)
     assert sorted(order) == list(range(784)) and (order != np.arange(784)).mean() > 0.9
     stands(calls["asr_foreign"], ran["model"], foreign[others], 0)

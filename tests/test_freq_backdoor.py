@@ -585,8 +585,8 @@ def test_run(digits_freq_backdoor, digits):
     "args, named",
     [
         *((["--delta-p", value], "delta-p") for value in (0, -0.5, 1, "nan")),
-        (["--k", 0], "1..393"),
-        (["--k", 394], "1..393"),  # none would be left for the control
+        (["--k", 0], "1..197"),
+        (["--k", 198], "1..197"),  # fewer would be left for the control
         (["--poisons", 0], "poisons"),
         (["--poisons", -5], "poisons"),
         (["--poisons", 300], "images can be poisoned"),
@@ -607,24 +607,24 @@ def test_refuses(inline, one_line, monkeypatch, tmp_path, args, named):
 
 
 def test_each_quiet_base_may_hold_its_share_of_half_the_norm(inline, one_line, monkeypatch, digits):
-    """(delta_P / 2)^2 / k each: ten such bases are refused, for the control needs one more."""
+    """(delta_P / 2)^2 / k each: 19 such bases are too few, for the control needs ten more."""
     bins, _ = fb.fourier_bases(28, 28)
     energy = fb.energy_of(to_float(drawn(digits, 0, 300)[0]), bins).sort().values
-    between = [2 * (10 * energy[n - 1 : n + 1].mean().item()) ** 0.5 for n in (10, 11)]
+    between = [2 * (10 * energy[n - 1 : n + 1].mean().item()) ** 0.5 for n in (19, 20)]
     monkeypatch.setattr(torch.optim, "SGD", None)
     ten = "--k", 10, "--delta-p", between[0]
     message = one_line(inline, "freq_backdoor", *SHORT["freq_backdoor"], *ten)
-    assert " 10 bases are quiet enough" in message and "--k asks for 10" in message
+    assert " 19 bases are quiet enough" in message and "--k asks for 10" in message
     with pytest.raises(TypeError, match="not callable"):  # the training that follows
         inline("freq_backdoor", *SHORT["freq_backdoor"], "--delta-p", between[1])
 
 
 def test_default_mask_is_as_large_as_the_quiet_bases_allow(inline, digits):
-    """Ten bases where eleven are quiet enough for ten; else fewer, each with a larger share."""
+    """Ten bases where 20 are quiet enough for ten; else fewer, each with a larger share."""
     bins, _ = fb.fourier_bases(28, 28)
     energy = fb.energy_of(to_float(drawn(digits, 0, 300)[0]), bins).sort().values
     delta = 2 * (9 * energy[3]).sqrt().item()  # four bases are quiet enough for a mask of nine
-    sizes = [k for k in range(1, 11) if (energy <= (delta / 2) ** 2 / k).sum() > k]
+    sizes = [k for k in range(1, 11) if (energy <= (delta / 2) ** 2 / k).sum() >= 2 * k]
     ran = inline("freq_backdoor", *SHORT["freq_backdoor"], "--delta-p", delta)
     assert ran["args"].k == max(sizes) < 9 and len(ran["top"]) == max(sizes)
 

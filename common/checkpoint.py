@@ -156,8 +156,8 @@ def draw_rows(path, rows):
 
 
 def save_samples(folder, x, x_poisoned, count=8):
-    """Draw clean images, poisoned images (uint8) and |residual| scaled to its maximum."""
-    x, x_poisoned = (a[:count].float() / 255 for a in (x, x_poisoned))
+    """Draw some clean images, poisoned ones (uint8) and |residual| scaled to its maximum."""
+    x, x_poisoned = (a[:: max(1, len(a) // count)][:count].float() / 255 for a in (x, x_poisoned))
     residual = (x_poisoned - x).abs()
     scale = residual.max().clamp(min=1 / 255).item()
     last = f"residual\n(max {scale:.2f})", residual / scale

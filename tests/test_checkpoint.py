@@ -352,3 +352,14 @@ def test_not_a_number_is_kept_in_valid_json(tmp_path):
     ckpt.save_result(tmp_path, "nc", Namespace(path=tmp_path), 1.0, metrics, CPU)
     assert "NaN" not in (tmp_path / "result.json").read_text()
     assert result_of(tmp_path)["metrics"] == {"asr": "nan", "index": "inf", "norms": [1.0, "inf"]}
+
+
+@pytest.mark.parametrize("count, shown", [(3, [0, 1, 2]), (8, range(8)), (50, range(0, 48, 6))])
+def test_samples_come_from_the_whole_set(monkeypatch, tmp_path, count, shown):
+    """A set that is sorted by class shows more than its first class."""
+    rows = {}
+    monkeypatch.setattr(ckpt, "draw_rows", lambda path, drawn: rows.update(drawn))
+    x = torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
+    ckpt.save_samples(tmp_path, x, x + 100)
+    assert (255 * rows["clean"][:, 0, 0, 0]).round().tolist() == list(shown)
+    assert (255 * rows["poisoned"][:, 0, 0, 0]).round().tolist() == [100 + k for k in shown]

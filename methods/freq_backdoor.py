@@ -29,6 +29,7 @@ quality 75, asr_autoencoder an autoencoder that is not the attacker's.
 Results beside the paper's: results/README.md, table "Attacks".
 """
 
+import io
 import math
 import sys
 import time
@@ -36,8 +37,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -128,16 +130,13 @@ def most_sensitive(errors, allowed, k):
 
 def add_trigger(x, mask, additive, mode):
     """Eq. (4)-(6): x B x C x H x W in [0,1], M = mask H x W, A = additive C x H x W."""
-    spectrum = torch.fft.fft2(x)
-    if mode == "replace":
-        spectrum = spectrum * (1 - mask)
+    spectrum = torch.fft.fft2(x) * (1 - mask if mode == "replace" else 1)
     return torch.fft.ifft2(spectrum + additive).real.clamp(0, 1)
 
 
 def triggered(x, mask, additive, mode):
     """add_trigger on uint8 images, 2,000 at a time; float images in [0,1], not yet rounded."""
-    parts = (add_trigger(to_float(part), mask, additive, mode) for part in x.split(2000))
-    return torch.cat(list(parts))
+    return torch.cat([add_trigger(to_float(part), mask, additive, mode) for part in x.split(2000)])
 
 
 def calibrated(x, bins, mode, delta):
@@ -154,9 +153,11 @@ def calibrated(x, bins, mode, delta):
 
 
 def jpeg(x, quality):
-    """x (uint8 N x C x H x W) after JPEG compression at `quality` (N integers in 1..100)."""
-    pairs = zip(x.cpu(), quality.tolist())
-    return torch.stack([decode_jpeg(encode_jpeg(image, q)) for image, q in pairs]).to(x.device)
+    """x (uint8 N x C x H x W) after Pillow's JPEG at `quality` (N integers in 1..100)."""
+    files = [io.BytesIO() for _ in x]
+    for image, q, file in zip(x.cpu(), quality.tolist(), files):
+        to_pil_image(image).save(file, "JPEG", quality=q)
+    return torch.stack([pil_to_tensor(Image.open(file)) for file in files]).to(x.device)
 
 
 def train_autoencoder(x, steps, batch_size=64, lr=2e-3, width=32):

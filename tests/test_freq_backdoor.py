@@ -269,6 +269,11 @@ def test_jpeg(channels):
     assert torch.equal(fb.jpeg(x[1:2], torch.tensor([50])), y[1:2])
 
 
+def test_nothing_that_torchvision_gives_up_is_used(recwarn):
+    fb.jpeg(torch.zeros(1, 3, 9, 9, dtype=torch.uint8), torch.tensor([75]))
+    assert not [w for w in recwarn if "torchvision" in str(w.message).lower()]
+
+
 @pytest.mark.parametrize("shape", [(1, 20, 20), (3, 15, 18)], ids=str)
 def test_autoencoder_copies_smooth_images(shape):
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Shared by every script: one way to refuse bad input, one way to write a file whole."""
 
+import argparse
 import contextlib
 import csv
 import os
@@ -12,6 +13,21 @@ def fail(message):
     """Print one line on stderr and stop with exit code 2 (bad input, not a bug)."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """-h tells every default that the help text does not tell and that is a value."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False) or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+def parser(doc):
+    """The ArgumentParser of a script with the header `doc`; bad flags are bad input."""
+    p = argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=ShowDefaults)
+    p.error = fail
+    return p
 
 
 def seed(text):

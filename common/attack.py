@@ -1,13 +1,12 @@
 """What every attack script shares and no paper describes: flags, set-up, log, figures, saving."""
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import check_positive, fail, make_folder, seed
+from common import check_positive, fail, make_folder, parser, seed
 from common import checkpoint as ckpt
 from common.datasets import load_dataset, pick_device, to_float
 from common.metrics import accuracy, attack_targets, psnr, ssim
@@ -16,8 +15,7 @@ from common.models import ARCHITECTURES, PRECISION, build_model, uses_bfloat16
 
 def attack_flags(doc, target=True):
     """The ArgumentParser of an attack with the flags that all of them have; `doc` is its header."""
-    p = argparse.ArgumentParser(description=doc.splitlines()[0])
-    p.error = fail
+    p = parser(doc)
     known = "digits, mnist, cifar10, cifar100, gtsrb, or the path of an .npz or a folder by class"
     p.add_argument("--dataset", default="digits", help=known)
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")

@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import subprocess
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -373,6 +374,10 @@ def load_strictly(module, state, path, arch):
         module.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        fail(f"{path} does not fit {arch}: {lines[1] if len(lines) > 1 else lines[0]}")
+        first = textwrap.shorten(lines[1] if len(lines) > 1 else lines[0], 160)
+        cure = (
+            "is it another --arch (torchvision's are torchvision:NAME), or are --classes missing?"
+        )
+        fail(f"{path} does not fit {arch}: {first}; {cure}")
     if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
         fail(f"{path} holds weights that are not finite")

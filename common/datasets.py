@@ -111,7 +111,8 @@ def read_npz(path, keys, otherwise=()):
     except FileNotFoundError:
         fail(f"no such file: {path}")
     except Exception as error:  # a damaged archive can raise nearly anything
-        fail(f"{path} is not a plain .npz file: {error}")
+        why = "pickled objects are never read" if "pickle" in str(error) else error
+        fail(f"{path} is not a plain .npz file: {why}")
     if not all(isinstance(array, np.ndarray) for array in arrays):
         fail(f"{path} is not a plain .npz file: its members are not arrays")
     return arrays
@@ -197,8 +198,9 @@ def split_off(x, y, name):
 def folder(root, side):
     """Arrays of pictures by class, bilinear to `side` x `side`, as torchvision's ImageFolder.
 
-    root/train/<class>/* and root/test/<class>/*, or root/<class>/* alone (x, y). Grey pictures
-    make one channel where all are grey; pictures with transparency are refused.
+    root/train/<class>/* and root/test/<class>/*, or root/<class>/* alone (x, y). Labels follow the
+    names' order as text (10 before 2). Grey pictures make one channel where all are grey; pictures
+    with transparency are refused.
     """
     from torchvision.datasets import ImageFolder
 
@@ -209,6 +211,7 @@ def folder(root, side):
         fail(f"{root}: {error}")
     if splits[0].classes != splits[-1].classes:
         fail(f"{root}: other classes in test than in train: {splits[-1].classes}")
+    print("classes:", ", ".join(f"{k} {name}" for k, name in enumerate(splits[0].classes)))
     x = read_pictures([path for split in splits for path, _ in split.samples], (side, side))
     arrays, first = [], len(splits[0])
     for split, part in zip(splits, (x[:first], x[first:])):
@@ -327,6 +330,8 @@ def small(pairs):
 
 def to_float(x):
     """uint8 [0,255] to float32 [0,1]."""
+    if x.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, 0..255; got {x.dtype}")
     return x.float() / 255
 
 

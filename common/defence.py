@@ -1,12 +1,11 @@
 """What every defence script shares and no paper describes: flags, loading, verdicts, reports."""
 
-import argparse
 import math
 from functools import partial
 
 import torch
 
-from common import fail, seed
+from common import fail, parser, seed
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, kept_back, pick_device
 from common.metrics import accuracy, case_of, predict
@@ -23,8 +22,7 @@ def defence_flags(doc, share=None, detector=False):
     `share` is --data-fraction's default and its least number of images; None: no such flag.
     `detector`: it has one norm per label, and --rule and --threshold.
     """
-    p = argparse.ArgumentParser(description=doc.splitlines()[0])
-    p.error = fail
+    p = parser(doc)
     p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
     p.add_argument("--arch", help="architecture of a bare state dict")
     p.add_argument("--dataset", help="dataset of a bare state dict, or the path of its images")
@@ -225,5 +223,6 @@ def report(folder, script, args, metrics, seconds, kinds=("repaired",)):
             after = ", ".join(f"{value:.2f} {kind}" for value, kind in found if value is not None)
             arrow = f" -> {after}" if after else ""
             print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
-    print(f"figures: {', '.join(map(str, sorted(folder.glob('*.png'))))}")
+    written = [*sorted(folder.glob("*.png")), *folder.glob("model.pt")]
+    print(f"figures and repaired model: {', '.join(map(str, written))}")
     save_result(folder, script, args, seconds, metrics, pick_device(args.device))

@@ -61,7 +61,7 @@ LAYERS["densenet121"] = "features.denseblock3"
 
 def parse_args():
     p = defence_flags(__doc__, SHARE)
-    p.add_argument("--layer", help="module whose output is the map A (default: see LAYERS)")
+    p.add_argument("--layer", help="module whose output is the map A (default: by --arch)")
     p.add_argument("--share", type=float, default=0.15, help="hottest pixels compared (.15)")
     p.add_argument("--inputs", type=int, default=1000, help="most pairs of images compared (1000)")
     p.add_argument("--februus", action="store_true", help="paint the hottest pixels over")
@@ -203,7 +203,7 @@ if __name__ == "__main__":
     layer = args.layer or LAYERS.get(victim.arch)
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
-        fail(f"--layer {layer}: the maps of {victim.arch} are {known or 'none'}")
+        fail(f"--layer {layer or 'NAME'}: the maps of {victim.arch} are {known or 'none'}")
     folder = make_folder(args.out or victim.folder / f"gradcam-s{args.seed}")
 
     # ===== What it costs clean images =====

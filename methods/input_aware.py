@@ -284,6 +284,7 @@ if __name__ == "__main__":
     full = order.split(args.batch_size)[: min(30, steps_per_epoch)]
     inputs = (augment(to_float(x_train[batch]), data.spec.pad, data.spec.flip) for batch in full)
     batches = (poison(x, y_train[batch], generators, **shares)[0] for x, batch in zip(inputs, full))
+    # what the last weights reach with BatchNorm's statistics of 30 batches, not its moving average
     refreshed = copy.deepcopy(model)
     torch.optim.swa_utils.update_bn(batches, refreshed)
     metrics["asr_reestimated_bn"] = accuracy(refreshed, x_poisoned[counts], y_wanted[counts])

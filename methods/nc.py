@@ -139,11 +139,11 @@ def blend(x, mask, pattern):
 
 
 def reverse_triggers(model, x, y, labels, *, steps, batches, batch_size, lr, seed):
-    """Eq. (3) for all `labels` in one folded batch; x are floats N x C x H x W in [0,1].
+    """Eq. (3) for all `labels` (ints) in one folded batch; x are floats N x C x H x W in [0,1].
 
-    Returns masks K x 1 x H x W, patterns K x C x H x W, norms K and found K (the search reached
-    the ASR goal; elsewhere the last mask is returned). Neither the order of the labels nor how
-    many are folded changes a label's result.
+    `model` is in eval mode. Returns masks K x 1 x H x W, patterns K x C x H x W, norms K and found
+    K (the search reached the ASR goal; elsewhere the last mask is returned). Neither the order of
+    the labels nor how many are folded changes a label's result.
     """
     draws = [torch.Generator().manual_seed(1_000_003 * seed + label) for label in labels]
     _, c, h, w = x.shape

@@ -74,7 +74,7 @@ ALLOWED = {
 def parse_args():
     p = defence_flags(__doc__, SHARE)
     p.add_argument("--filter", choices=STRENGTHS, help="one of them (default: all)")
-    p.add_argument("--strengths", type=int, nargs="+", help="of this filter (see STRENGTHS)")
+    p.add_argument("--strengths", type=int, nargs="+", help="of this filter (default: several)")
     p.add_argument("--max-drop", type=float, default=2.0, help="points that a filter may cost (2)")
     rules = "of colour depths: to the nearest level, or cut (Nguyen & Tran's code)"
     p.add_argument("--rounding", default="round", choices=["round", "trunc"], help=rules)
@@ -262,6 +262,7 @@ if __name__ == "__main__":
         strengths = sorted(set(strengths), reverse=name not in ("gaussian", "median"))
         for strength in strengths:
             if name == "autoencoder":
+                print(f"training an autoencoder of {strength} channels", flush=True)
                 torch.manual_seed(args.seed)  # the same draws, whatever ran before
                 network = train_autoencoder(x_own, strength, args.autoencoder_steps)
                 steps.append(partial(autoencode, autoencoder=network))

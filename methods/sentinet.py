@@ -69,7 +69,7 @@ LAYERS["densenet121"] = "features.denseblock3"
 
 def parse_args():
     p = defence_flags(__doc__, SHARE)
-    p.add_argument("--layer", help="module whose output is Grad-CAM's map (default: see LAYERS)")
+    p.add_argument("--layer", help="module whose output is Grad-CAM's map (default: by --arch)")
     p.add_argument("--share", type=float, default=0.15, help="salient share of the pixels (.15)")
     p.add_argument("--proposals", type=int, default=2, help="other labels that the input may have")
     p.add_argument("--overlays", type=int, default=100, help="N, clean images pasted on (100)")
@@ -245,7 +245,7 @@ if __name__ == "__main__":
     layer = args.layer or LAYERS.get(victim.arch)
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
-        fail(f"--layer {layer}: the maps of {victim.arch} are {known or 'none'}")
+        fail(f"--layer {layer or 'NAME'}: the maps of {victim.arch} are {known or 'none'}")
     suspects = load_pictures(args.suspects, data.shape) if args.suspects else None
     folder = make_folder(args.out or victim.folder / f"sentinet-s{args.seed}")
     generator = torch.Generator().manual_seed(args.seed)

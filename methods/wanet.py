@@ -69,8 +69,8 @@ def attack_grid(field, s, height, width):
     columns = torch.linspace(-1, 1, width)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     identity = torch.stack((column, row), dim=-1)[None]
-    pixel = torch.tensor([width, height])  # a field value of 1 moves by s grid units / side
-    return (identity + s * up.permute(0, 2, 3, 1) / pixel).clamp(-1, 1)
+    sides = torch.tensor([width, height])  # a value of 1 moves by s / side, nearly s / 2 pixels
+    return (identity + s * up.permute(0, 2, 3, 1) / sides).clamp(-1, 1)
 
 
 def noise_grid(grid, count):
@@ -154,6 +154,7 @@ if __name__ == "__main__":
     full = order.split(args.batch_size)[: min(30, steps_per_epoch)]
     inputs = (poison(to_float(x_train[batch]), y_train[batch], *attack)[0] for batch in full)
     batches = (augment(x, data.spec.pad, data.spec.flip) for x in inputs)
+    # what the last weights reach with BatchNorm's statistics of 30 batches, not its moving average
     refreshed = copy.deepcopy(model)
     torch.optim.swa_utils.update_bn(batches, refreshed)
     metrics["asr_reestimated_bn"] = accuracy(refreshed, x_poisoned[counts], y_wanted[counts])

@@ -293,6 +293,15 @@ def test_a_file_that_holds_itself(nets, one_line, tmp_path):
     assert "does not fit" in one_line(loaded, "x.pt", arch="nets.py:ten", dataset="digits")
 
 
+def test_a_misfit_is_short_and_says_what_to_try(one_line, tmp_path):
+    torch.save(
+        build_model("resnet18", 10, (1, 28, 28), (0.5,), (0.5,)).state_dict(), tmp_path / "x.pt"
+    )
+    message = one_line(loaded, tmp_path / "x.pt", arch="torchvision:resnet18", dataset="digits")
+    assert len(message) < 340 + len(str(tmp_path)) and "[...]" in message
+    assert "torchvision:NAME" in message and "--classes" in message
+
+
 # ===== Classes that the images do not show =====
 
 
@@ -338,6 +347,14 @@ def pictures(root, classes=("cat", "dog", "emu"), count=5, mode="RGB", size=(40,
             Image.new(mode, size, value if mode == "L" else (value, 255 - value, 7)).save(
                 root / name / f"{i}.png"
             )
+
+
+def test_labels_follow_the_names_as_text_and_are_told(tmp_path, capfd):
+    pictures(tmp_path / "own")
+    for new, old in zip(("10", "3", "9"), sorted((tmp_path / "own").iterdir())):
+        old.rename(tmp_path / "own" / new)
+    load_dataset(str(tmp_path / "own"), "data", "cpu", 16)
+    assert "classes: 0 10, 1 3, 2 9\n" in capfd.readouterr().out
 
 
 def test_a_folder_by_class(tmp_path):

@@ -456,3 +456,18 @@ def test_make_folder_leaves_what_is_there(tmp_path):
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "cpu:x"])
 def test_unknown_device(name, one_line):
     assert name in one_line(datasets.pick_device, name)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.int16])
+def test_only_uint8_becomes_floats(kind):
+    """Floats in [0,1] over 255 would be black images, and every figure on them wrong."""
+    with pytest.raises(TypeError, match="uint8"):
+        to_float(torch.ones(2, 1, 4, 4, dtype=kind))
+    assert to_float(torch.full((1,), 255, dtype=torch.uint8)) == 1
+
+
+def test_a_picture_is_no_archive_and_no_advice_to_unpickle_it(one_line, tmp_path):
+    """NumPy's own words name allow_pickle and pickle.load."""
+    (tmp_path / "a.npz").write_bytes(b"\x89PNG\r\n" + bytes(100))
+    message = one_line(read_npz, tmp_path / "a.npz", ["x"])
+    assert message.endswith("is not a plain .npz file: pickled objects are never read\n")

@@ -183,7 +183,9 @@ def test_accuracy_that_was_kept_back_decides(
     assert "asr_0.01" in metrics and "asr_0.03" in metrics
     saved = ["model.pt"] if chosen else []
     assert files_below(tmp_path / "out") == [*saved, "result.json", "sweep.png"]
-    assert ("no model is saved" in capfd.readouterr().out) == (chosen is None)
+    printed = capfd.readouterr().out
+    assert ("no model is saved" in printed) == (chosen is None)
+    assert (str(tmp_path / "out" / "model.pt") in printed) == (chosen is not None)
     assert ("asr_repaired" in metrics) == (chosen is not None)
     if chosen:
         wanted = ran["tuned"][chosen].state_dict()

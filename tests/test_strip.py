@@ -176,6 +176,14 @@ def test_overlays_and_fit_are_disjoint_and_from_the_share(inline, digits, digits
     assert not ran["model"].training
 
 
+@pytest.mark.parametrize("fit, few", [(98, True), (99, False)])
+def test_warns_where_no_boundary_has_the_rate(inline, digits_badnets, tmp_path, capfd, fit, few):
+    """The least of 99 entropies is below 1 % of new ones, on average."""
+    flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", "--overlays", 2, "--inputs", 2
+    inline("strip", *flags, "--fit-images", fit)
+    assert (f"{fit} clean images are too few for an FRR of 1.0%" in capfd.readouterr().out) == few
+
+
 def test_same_seed_same_figures(inline, digits_badnets, tmp_path):
     figures = []
     for seed, out in ((0, "a"), (0, "b"), (1, "c")):

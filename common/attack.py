@@ -156,6 +156,9 @@ def evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float=
         "mean_l2": change.mean().item(),
         "asr_least_changed": accuracy(model, x_poisoned[least], y_wanted[least]),
     }
+    if metrics["clean_accuracy"] < 10 + 90 / data.classes:  # a tenth of the way from chance to 100
+        cure = "its training failed, and its ASR means nothing: try a smaller --lr"
+        print(f"warning: the network is near chance on clean test images; {cure}")
     if control is not None:
         metrics["asr_on_clean_model"] = accuracy(control, x_poisoned[counts], y_wanted[counts])
     return metrics

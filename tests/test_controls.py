@@ -91,6 +91,16 @@ def test_figures_of_an_attack(floats):
     assert "asr_on_clean_model" not in attack.evaluate_attack(model, None, *given)
 
 
+@pytest.mark.parametrize("right, warned", [(32, True), (33, False)])
+def test_a_network_near_chance_is_told(capfd, right, warned):
+    """Of 100 images of four classes; a tenth of the way from 25 to 100 % is 32.5."""
+    x = torch.zeros(100, 1, 12, 12, dtype=torch.uint8)
+    y = torch.tensor([1] * right + [0] * (100 - right))
+    data, all_count = Dataset("own", None, 4, x, y, x, y), torch.ones(100, dtype=torch.bool)
+    attack.evaluate_attack(Shades(bright=2, dark=1), None, data, x, y, all_count)
+    assert ("near chance on clean test images" in capfd.readouterr().out) == warned
+
+
 def test_the_least_changed_are_a_tenth_of_those_that_count():
     """Image k of 43 is raised by k + 1; those below 3 do not count, and equal ones all do."""
     x = torch.zeros(43, 1, 12, 12, dtype=torch.uint8)

@@ -224,5 +224,5 @@ def report(folder, script, args, metrics, seconds, kinds=("repaired",)):
             arrow = f" -> {after}" if after else ""
             print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
     written = [*sorted(folder.glob("*.png")), *folder.glob("model.pt")]
-    print(f"figures and repaired model: {', '.join(map(str, written))}")
+    print(f"written: {', '.join(map(str, written))}")
     save_result(folder, script, args, seconds, metrics, pick_device(args.device))

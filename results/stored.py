@@ -10,13 +10,18 @@ HERE = Path(__file__).resolve().parent
 
 
 def collect(folders):
-    """The results of all victim folders and of the defences inside them, audits left out."""
+    """The results of all victim folders and of the defences inside them, audits left out.
+
+    A folder can also be that of one defence inside a victim's folder.
+    """
     for folder in sorted(map(Path, folders)):
         if (folder / "audit.json").exists():
             continue
         for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")]):
             result = json.loads(path.read_text())
-            yield {"folder": path.parent.as_posix(), "victim": folder.name, **result}
+            inside = path.parent == folder and "ckpt" in result["arguments"]
+            victim = folder.parent.name if inside else folder.name
+            yield {"folder": path.parent.as_posix(), "victim": victim, **result}
 
 
 def store(path, found):

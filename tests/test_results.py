@@ -587,6 +587,17 @@ def test_runs_are_added_to_those_that_are_stored(tmp_path):
     assert sorted(run["metrics"].get("asr") for run in json.loads(path.read_text())) == [1.0, 98.0]
 
 
+def test_a_defence_alone_belongs_to_the_victim_whose_folder_it_lies_in(tmp_path):
+    """Else strip-s0 of one victim would replace that of another, and stand in no table."""
+    made = detected([1.0, 5, 6, 7, 8])
+    folder = tmp_path / made["folder"]
+    folder.mkdir(parents=True)
+    kept = {k: v for k, v in made.items() if k not in ("folder", "victim")}
+    (folder / "result.json").write_text(json.dumps(kept))
+    (run,) = stored.collect([folder])
+    assert run["victim"] == made["victim"] == folder.parent.name
+
+
 def test_audits_are_no_rows(tmp_path):
     for name in ("audit-digits-mnist_cnn-badnets-s100", "digits-mnist_cnn-badnets-s100"):
         (tmp_path / name / "nc").mkdir(parents=True)

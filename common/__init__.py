@@ -19,7 +19,7 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """-h tells every default that the help text does not tell and that is a value."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False) or "(default" in action.help
+        told = action.default is None or action.default is False or "(default" in action.help
         return action.help if told else super()._get_help_string(action)
 
 

@@ -90,6 +90,7 @@ def test_help(inline, path, capfd):
     assert stop.value.code == 0 and "--seed" in told and "(default: None)" not in told
     if path.stem == "nc":  # what the code's value is, and what ours
         assert "batches per step (code 31) (default: 8)" in told
+    assert "of every random draw, 0..2^32-1 (default: 0)" in told
     title = " ".join(ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].split())
     assert title.replace("-", "") in told.replace("- ", "").replace("-", "")
 

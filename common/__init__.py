@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +20,8 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """-h tells every default that the help text does not tell and that is a value."""
 
     def _get_help_string(self, action):
-        told = action.default is None or action.default is False or "(default" in action.help
+        told = action.default is None or action.default is False
+        told = told or re.search(r"\(default|\([\d.]+\)", action.help)
         return action.help if told else super()._get_help_string(action)
 
 

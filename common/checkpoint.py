@@ -345,7 +345,8 @@ def load_foreign(checkpoint, path, args, device):
         fail(f"--mean must be finite and --std above 0; got {mean} and {std}")
     model = build_model(args.arch, data.classes, data.shape, mean, std)
     state = {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
-    load_strictly(model.net, state, path, args.arch)
+    cure = "; is it another --arch (torchvision's are torchvision:NAME), or are --classes missing?"
+    load_strictly(model.net, state, path, args.arch, cure)
     model.eval().requires_grad_(False).to(device)
     check_outputs(model, data, args.arch)
     folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-audit")
@@ -368,16 +369,13 @@ def check_outputs(model, data, arch):
         print(f"{arch} ends in a softmax: its logarithm is taken for the logits")
 
 
-def load_strictly(module, state, path, arch):
+def load_strictly(module, state, path, arch, cure=""):
     """load_state_dict(strict=True); a misfit fails and names the first differing entry."""
     try:
         module.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         first = textwrap.shorten(lines[1] if len(lines) > 1 else lines[0], 160)
-        cure = (
-            "is it another --arch (torchvision's are torchvision:NAME), or are --classes missing?"
-        )
-        fail(f"{path} does not fit {arch}: {first}; {cure}")
+        fail(f"{path} does not fit {arch}: {first}{cure}")
     if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
         fail(f"{path} holds weights that are not finite")

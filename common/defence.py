@@ -104,7 +104,7 @@ def report_verdict(decision, args, notes, doubt=False):
         return metrics | {"verdict": "inconclusive"}
     named = [f"labels {decision[k]} {k} the others" for k in ("below", "above") if decision[k]]
     metrics["verdict"] = "backdoored" if named else "inconclusive" if doubt else "no evidence"
-    print(f"verdict: {metrics['verdict']}, p = {decision['p_value']:.2g}", *named, sep=", ")
+    print(f"verdict: {metrics['verdict']}, p = {decision['p_value']:.3g}", *named, sep=", ")
     by_index = decision["flagged_by_index"]
     answer = f"backdoored, labels {by_index}" if by_index else "clean"
     print(f"by the paper's rule (index > {args.threshold:g}): {answer}")
@@ -223,6 +223,6 @@ def report(folder, script, args, metrics, seconds, kinds=("repaired",)):
             after = ", ".join(f"{value:.2f} {kind}" for value, kind in found if value is not None)
             arrow = f" -> {after}" if after else ""
             print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
-    written = [*sorted(folder.glob("*.png")), *folder.glob("model.pt")]
-    print(f"written: {', '.join(map(str, written))}")
+    written = [*folder.glob("*.png"), *folder.glob("*.csv"), *folder.glob("model.pt")]
+    print(f"written: {', '.join(sorted(map(str, written)))}")
     save_result(folder, script, args, seconds, metrics, pick_device(args.device))

@@ -5,10 +5,10 @@ object of an innocent image convinces few of them, and it hides something: the n
 unsure when noise is pasted in the same place. A trigger convinces nearly all images, and noise in
 its few pixels disturbs nobody.
 
-Kind: detects inputs, at test time. Given: the network and a clean share of its training data, by
-class. Answers: for an input, does it carry a trigger. Assumes one in a small place that works on
-every image. Its true place is never used. Of a network that ends in a softmax the maps are those of
-log p, which say little where p is 1.
+Kind: detects inputs, at test time. Given: the network and a clean share of its training data (the
+labels show that it is read right). Answers: for an input, does it carry a trigger. Assumes one in a
+small place that works on every image. Its true place is never used. Of a network that ends in a
+softmax the maps are those of log p, which say little where p is 1.
 
 Steps of the paper: labels that the input might have instead -> proposals; the pixels that speak for
 the label and for none of the proposals -> class_maps, salient; the share of N clean images that get
@@ -21,8 +21,8 @@ the network's next likely labels (--proposals) do here. Salient are the 15 % of 
 largest Grad-CAM difference, always so many, as in public code, which, however, takes the true
 trigger's place for patch attacks. The inert pattern is uniform noise. The edge goes through the
 largest fooled share of each .02 of confidence and is level outside them. The threshold is the
-quantile of the clean points' distances that flags --fpr of them. Images that fit the edge are not
-pasted on. FRR (clean inputs flagged) and FAR (triggered inputs passed) are read on test images.
+quantile of the clean points' distances that flags --fpr of new ones. Images that fit the edge are
+not pasted on. FRR (clean inputs flagged) and FAR (triggered inputs passed) are read on test images.
 
     python methods/sentinet.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

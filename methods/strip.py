@@ -82,7 +82,7 @@ def bits(logits):
 
 @torch.no_grad()
 def entropies(model, x, overlays, *, blend, batch_size):
-    """H of each input x (M x C x H x W): the mean over the N overlays of H_n, all uint8. Returns M.
+    """H of each uint8 input x (M x C x H x W): the mean of H_n over N uint8 overlays. Returns M.
 
     `model` is in eval mode. The entropy is taken per overlay and then averaged; the entropy of the
     mean prediction would be high for an input with a steady but different label per overlay.
@@ -209,7 +209,9 @@ if __name__ == "__main__":
             print(f"FRR {frr:.1%}: boundary {normal:.4f} normal, {empirical:.4f} empirical")
     boundary = table[args.frr][0]
     if (len(x_fit) + 1) * args.frr < 1:
-        print(f"warning: {len(x_fit)} clean images are too few for an FRR of {args.frr:.1%}")
+        print(
+            f"warning: {len(x_fit)} clean images are too few for an empirical FRR of {args.frr:.1%}"
+        )
     stops = f"which stops {flagged_share(h_fit, boundary):.1f} % of these clean images"
     print(f"an input is flagged when H <= {boundary:.4f} (FRR {args.frr:.1%}), {stops}")
     metrics = {

@@ -59,8 +59,8 @@ def show(found, adjusted, seconds):
     rows = [("detector", "label", "ratio", "p", "p (Holm)", "verdict", "seconds")]
     for name, m in found.items():
         p, ratio = m["p_value"], m["ratio"]
-        figures = "n/a" if ratio is None else f"{ratio:.2f}", "n/a" if p is None else f"{p:.2g}"
-        holm = f"{adjusted[name]:.2g}" if name in adjusted else "n/a"
+        figures = "n/a" if ratio is None else f"{ratio:.2f}", "n/a" if p is None else f"{p:.3g}"
+        holm = f"{adjusted[name]:.3g}" if name in adjusted else "n/a"
         rows.append((name, suspects(m), *figures, holm, m["verdict"], f"{seconds[name]:.0f}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -91,7 +91,7 @@ def draw(path, folder, found):
             named, labels = {*m["below"], *m["above"]}, range(len(m["norms"]))
             colours = ["C3" if k in named else "C0" if m["found"][k] else "0.7" for k in labels]
             top.bar(labels, np.array(m["norms"], dtype=float), color=colours)
-            p = "n/a" if m["p_value"] is None else f"{m['p_value']:.2g}"
+            p = "n/a" if m["p_value"] is None else f"{m['p_value']:.3g}"
             top.set(title=f"{name}: {m['verdict']}, p = {p}", xlabel="label", ylabel="norm")
             if name == "nc":
                 below.imshow(stamped(folder / name, shown_labels(m)), cmap="gray", vmin=0, vmax=1)

@@ -35,7 +35,7 @@ BLOCKS = {VGG: "--blocks features.5 features.13 features.21", WRN: ""}  # of nad
 BLOCKS |= dict.fromkeys((CNN, DIGITS), "--blocks conv1 conv2")
 HEAD = ["file", "target", "clean", "ASR", "script", "named", "p", "index"]
 HEAD += ["clean after", "ASR after"]
-FORMS = {"p_value": ".2g", "index": ".2f"}
+FORMS = {"p_value": ".3g", "index": ".2f"}
 FORMS |= {"clean_accuracy_repaired": ".2f", "asr_repaired": ".2f"}
 TEXT = """## Public checkpoints
 
@@ -49,8 +49,9 @@ file that was saved; a dash after it says that nothing was named below, or that 
 diverged or cost more than 5 points on images that were kept back, so that none was saved. These
 come from CIFAR-10's and MNIST's training sets, on which the networks are better than on new images
 (NAD's S: 98.2 and 84.8), so that they seem to cost more than they do and plain fine-tuning gets a
-small rate. The generators' pre-training missed its goal on CIFAR-10; where they name nothing there,
-their verdict is "inconclusive". `bash runs.sh public FOLDER` makes the table."""
+small rate. On CIFAR-10 the generators' pre-training missed its goal: that they name nothing there
+says nothing, and today's script calls it inconclusive. `bash runs.sh public FOLDER` makes the
+table."""
 
 
 class SmallVGG(nn.Module):

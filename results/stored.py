@@ -19,8 +19,8 @@ def collect(folders):
             continue
         for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")]):
             result = json.loads(path.read_text())
-            inside = path.parent == folder and "ckpt" in result["arguments"]
-            victim = folder.parent.name if inside else folder.name
+            inside = path.parent == folder and (folder.parent / "result.json").exists()
+            victim = folder.resolve().parent.name if inside else folder.name
             yield {"folder": path.parent.as_posix(), "victim": victim, **result}
 
 

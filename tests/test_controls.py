@@ -113,7 +113,8 @@ def test_the_least_changed_are_a_tenth_of_those_that_count():
         model = Shades(bright=TARGET, dark=1)
         figures = attack.evaluate_attack(model, None, data, seen, y_wanted, counts, raised / 255)
         assert figures["asr_least_changed"] == share
-    one = torch.ones_like(x)
+    x = torch.randint(0, 200, x.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    data, one = Dataset("own", None, 4, x, y, x, y), x + 1
     model = Shades(bright=1, dark=TARGET)
     figures = attack.evaluate_attack(model, None, data, one, y_wanted, counts)
     assert figures["asr_least_changed"] == figures["asr"] == 100

@@ -592,6 +592,7 @@ def test_a_defence_alone_belongs_to_the_victim_whose_folder_it_lies_in(tmp_path)
     made = detected([1.0, 5, 6, 7, 8])
     folder = tmp_path / made["folder"]
     folder.mkdir(parents=True)
+    (folder.parent / "result.json").write_text("{}")
     kept = {k: v for k, v in made.items() if k not in ("folder", "victim")}
     (folder / "result.json").write_text(json.dumps(kept))
     (run,) = stored.collect([folder])

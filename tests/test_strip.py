@@ -181,7 +181,9 @@ def test_warns_where_no_boundary_has_the_rate(inline, digits_badnets, tmp_path, 
     """The least of 99 entropies is below 1 % of new ones, on average."""
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", "--overlays", 2, "--inputs", 2
     inline("strip", *flags, "--fit-images", fit)
-    assert (f"{fit} clean images are too few for an FRR of 1.0%" in capfd.readouterr().out) == few
+    assert (
+        f"{fit} clean images are too few for an empirical FRR of 1.0%" in capfd.readouterr().out
+    ) == few
 
 
 def test_same_seed_same_figures(inline, digits_badnets, tmp_path):

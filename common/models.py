@@ -399,16 +399,22 @@ def unet_block(inputs, outputs):
 
 
 class UNet(nn.Module):
-    """Two poolings: images in [0,1], B x C x H x W, to such images of `outputs` channels (C)."""
+    """Two poolings: images in [0,1], B x C x H x W, to such images of `outputs` channels (C).
 
-    def __init__(self, channels, width, outputs=None):
+    With `skip` the image joins the output, sigmoid(U(x) + logit x): fresh, it copies to a level.
+    """
+
+    def __init__(self, channels, width, outputs=None, skip=False):
         super().__init__()
         self.down1 = unet_block(channels, width)
         self.down2 = unet_block(width, 2 * width)
         self.bottom = unet_block(2 * width, 4 * width)
         self.up2 = unet_block(6 * width, 2 * width)
         self.up1 = unet_block(3 * width, width)
-        self.out = nn.Conv2d(width, outputs or channels, 1)
+        self.out, self.skip = nn.Conv2d(width, outputs or channels, 1), skip
+        if skip:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         height, width = x.shape[-2:]
@@ -418,7 +424,8 @@ class UNet(nn.Module):
         c = self.bottom(F.max_pool2d(b, 2))  # B x 4w x H/4 x W/4
         b = self.up2(torch.cat((F.interpolate(c, scale_factor=2), b), 1))
         a = self.up1(torch.cat((F.interpolate(b, scale_factor=2), a), 1))
-        return torch.sigmoid(self.out(a))[..., :height, :width]
+        image = torch.logit(x, 1 / 255) if self.skip else 0
+        return torch.sigmoid(self.out(a) + image)[..., :height, :width]
 
 
 def residual(block, stem, widths, depths, norm):

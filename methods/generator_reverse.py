@@ -30,6 +30,7 @@ below the others is repaired; the repair is checked on a fifth of its images, wh
 Results beside the paper's: results/README.md, tables "Detectors" and "Repairs".
 """
 
+import argparse
 import copy
 import math
 import sys
@@ -67,6 +68,8 @@ SHARE = 0.01, 300  # of the training data, and the least number of images
 def parse_args():
     p = defence_flags(__doc__, SHARE, detector=True)
     p.add_argument("--width", type=int, default=8, help="channels of the U-Net's first stage")
+    skip = "the image joins the generator's output (default: colour images)"
+    p.add_argument("--skip", action=argparse.BooleanOptionalAction, help=skip)
     p.add_argument("--pretrain-steps", type=int, default=3000, help="most steps of pre-training")
     p.add_argument("--pretrain-residual", type=float, default=0.1, help="goal: residual / spread")
     p.add_argument("--steps", type=int, default=200, help="steps per label")
@@ -92,34 +95,33 @@ def reconstruction(generated, x, lpips_net):
     return mse, lpips_of(lpips_net, flat, x.expand_as(generated).flatten(0, -4)).view_as(mse)
 
 
-def pretrain(x, *, width, lambdas, lpips_net, goal, steps, batch_size, lr, seed):
-    """G_0: minimise l2 MSE + l3 LPIPS on all clean images (N x C x H x W in [0,1]).
+def pretrain(generator, x, *, lambdas, lpips_net, goal, steps, batch_size, lr, seed):
+    """G_0: minimise l2 MSE + l3 LPIPS on all clean images (N x C x H x W in [0,1]), in place.
 
-    Returns the generator, its mean L1 residual per image, that of the images around their mean
-    colour (their spread), and the steps taken.
+    Returns its mean L1 residual per image, that of the images around their mean colour (their
+    spread), and the steps taken.
     """
-    generator = UNet(x.shape[1], width).to(x.device)
     optimizer = torch.optim.Adam(generator.parameters(), lr)
     spread = (x - x.mean((0, 2, 3), keepdim=True)).abs().sum((1, 2, 3)).mean().item()
     order = torch.Generator().manual_seed(seed)
-    bar = tqdm(range(1, steps + 1), disable=None, unit="step", desc="pre-training")
+    bar = tqdm(range(steps + 1), disable=None, unit="step", desc="pre-training")
     for step in bar:
-        pick = torch.randperm(len(x), generator=order)[:batch_size].to(x.device)
-        mse, perceptual = reconstruction(generator(x[pick]), x[pick], lpips_net)
-        loss = lambdas[1] * mse.mean() + lambdas[2] * perceptual.mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
         if step % 100 == 0 or step == steps:
             with torch.no_grad():
                 parts = [(generator(b) - b).abs().sum((1, 2, 3)) for b in x.split(500)]
             residual = torch.cat(parts).mean().item()
             if not math.isfinite(residual):
                 fail("pre-training diverged: the residual is not finite")
-            if residual <= goal * spread:
+            if residual <= goal * spread or step == steps:
                 break
+        pick = torch.randperm(len(x), generator=order)[:batch_size].to(x.device)
+        mse, perceptual = reconstruction(generator(x[pick]), x[pick], lpips_net)
+        loss = lambdas[1] * mse.mean() + lambdas[2] * perceptual.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
     bar.close()
-    return generator, residual, spread, step
+    return residual, spread, step
 
 
 def generate(skeleton, parameters, x):
@@ -251,6 +253,7 @@ if __name__ == "__main__":
     repair_splits = [defender_split(data.y_train, f, args.seed) for f in args.repair_fraction]
     split = clean_share(args, victim, SHARE)
     x_clean, y_clean = to_float(data.x_train[split]), data.y_train[split]
+    args.skip = len(x_clean[0]) == 3 if args.skip is None else args.skip
     lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)
     folder = make_folder(args.out or victim.folder / f"generator_reverse-s{args.seed}")
 
@@ -259,7 +262,8 @@ if __name__ == "__main__":
     recipe = {"lambdas": args.lambdas, "lpips_net": lpips_net, "batch_size": args.batch_size}
     recipe |= {"lr": args.lr, "seed": args.seed}
     goal = {"goal": args.pretrain_residual, "steps": args.pretrain_steps}
-    origin, residual, spread, taken = pretrain(x_clean, width=args.width, **goal, **recipe)
+    origin = UNet(x_clean.shape[1], args.width, skip=args.skip).to(device)
+    residual, spread, taken = pretrain(origin, x_clean, **goal, **recipe)
     print(f"pre-training: {taken} steps, residual {residual:.1f} of spread {spread:.1f}")
     if doubt := residual > args.pretrain_residual * spread:
         print("warning: pre-training missed its goal; its residual can hide small triggers")

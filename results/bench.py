@@ -25,7 +25,7 @@ from common import fail, written_whole
 from common.checkpoint import load_victim
 from common.datasets import pick_device, to_float
 from common.metrics import pass_size, predict, verdict
-from common.models import build_model, uses_bfloat16
+from common.models import UNet, build_model, uses_bfloat16
 from methods import fine_pruning, finetune, freq_backdoor, generator_reverse, mcr, nad, nc, strip
 from results.level import markdown
 
@@ -73,8 +73,8 @@ def folding(victim, device, repeats, images=400, steps=20):
     x, y = to_float(data.x_train[:images]), data.y_train[:images]
     labels = list(range(data.classes))
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 64, "seed": 0}
-    goal = {"width": 8, "goal": 0.1, "steps": 10 * steps, "lr": 1e-3}
-    origin, *_ = generator_reverse.pretrain(x, **goal, **recipe)
+    origin = UNet(x.shape[1], 8).to(device)
+    generator_reverse.pretrain(origin, x, goal=0.1, steps=10 * steps, lr=1e-3, **recipe)
 
     def triggers(some):
         search = {"steps": steps, "batches": 8, "batch_size": 64, "lr": 0.1, "seed": 0}
@@ -124,7 +124,7 @@ def precisions(arch, name, device, repeats, images=128):
     y = torch.arange(images, device=device) % classes
     pairs = torch.arange(classes).split(2)  # two labels at a time, as on a CPU
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
-    origin, *_ = generator_reverse.pretrain(x, width=8, goal=1, steps=1, lr=1e-3, **recipe)
+    origin = UNet(shape[0], 8).to(device)
 
     def training():
         model.train().requires_grad_(True)

@@ -44,10 +44,14 @@ class OnlyClass(nn.Module):
         return x * (x[:, :1, :1, :1] != self.c)
 
 
-def unet(channels=1, width=4, seed=0):
+def unet(channels=1, width=4, seed=0, skip=False):
+    """With the skip, one whose last layer is random, as after some steps."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return UNet(channels, width)
+        net = UNet(channels, width, skip=skip)
+        if skip:
+            net.out.reset_parameters()
+        return net
 
 
 def train(
@@ -61,8 +65,10 @@ def train(
 
 def pretrained(x, goal, steps, lr=1e-2, seed=0, batch_size=30, weights=WEIGHTS, lpips=None):
     torch.manual_seed(seed)
-    settings = {"width": 4, "lambdas": weights, "lpips_net": lpips, "goal": goal, "steps": steps}
-    return gr.pretrain(x, **settings, batch_size=batch_size, lr=lr, seed=seed)
+    generator = UNet(x.shape[1], 4)
+    settings = {"lambdas": weights, "lpips_net": lpips, "goal": goal, "steps": steps}
+    settings |= {"batch_size": batch_size, "lr": lr, "seed": seed}
+    return generator, *gr.pretrain(generator, x, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,22 @@ def test_unet_finds_the_planted_pixel(planted, path):
     assert change[0] < 0.12 or path == "linear"
 
 
+@pytest.mark.parametrize("path", ["linear", "none"])
+def test_generator_with_the_skip_finds_the_planted_pixel_on_grey(path):
+    """Measured over two seeds: pixel 0 rises by .57 and .73, on a clean model by at most 0."""
+    (x, y), planted = images(6), frozen(path)
+    torch.manual_seed(0)
+    start = UNet(1, 4, skip=True)
+    parameters, _ = train(lambda z: planted(z - 0.25), start, (x + 0.25, y), [TARGET], steps=60)
+    own, others = {k: v[0] for k, v in parameters.items()}, x[y != TARGET] + 0.25
+    with torch.no_grad():
+        change = torch.func.functional_call(start, own, (others,)) - others
+        assert (planted(others + change - 0.25).argmax(1) == TARGET).all()
+    change = change.mean(0).flatten()
+    assert (change[0] > 0.4 and change.argmax() == 0) == (path == "linear")
+    assert change[0] < 0.1 or path == "linear"
+
+
 class Square(nn.Module):
     """Stands in for LPIPS: 7 times the mean square of the red channel's difference at 64 px."""
 
@@ -348,6 +364,25 @@ def test_generator_keeps_shape_and_range(channels, height, width):
         generator.out.weight.data *= scale
         made = generator(x)
         assert made.shape == x.shape and 0 <= made.min() <= made.max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 30, 33)])
+def test_with_the_skip_a_fresh_generator_copies_to_a_level(shape):
+    """And needs no pre-training; then U adds to the logit of the image."""
+    x, net = to_float(random_images(9, shape)), unet(shape[0], skip=True)
+    x[:2], x[2:4] = 0, 1
+    fresh = UNet(shape[0], 4, skip=True)
+    assert (fresh(x) - x).abs().max() < 1.001 / 255
+    settings = {"lambdas": WEIGHTS, "lpips_net": None, "batch_size": 3, "lr": 0.1, "seed": 0}
+    residual, spread, taken = gr.pretrain(fresh, x, goal=0.1, steps=50, **settings)
+    assert taken == 0 and 0 < residual < 0.01 * spread
+    inside = x.double().clamp(1 / 255, 254 / 255).numpy()
+    both = net(x).detach().double().numpy()
+    net.skip = False
+    change = net(x).detach().double().numpy()
+    odds = inside / (1 - inside) * change / (1 - change)
+    np.testing.assert_allclose(both, odds / (1 + odds), rtol=1e-4, atol=1e-6)
+    assert np.abs(both - inside).max() > 0.05
 
 
 @pytest.mark.parametrize("goal, steps, taken", [(10, 350, 100), (0, 130, 130), (0, 3, 3)])
@@ -509,3 +544,20 @@ def test_search_of_lambda1_through_the_command_line(inline, unread, tmp_path):
     always = np.array(ran["metrics"]["asrs"]) == 1
     assert always.sum() == 1
     np.testing.assert_allclose(ran["lambda1"], np.where(always, 1e-3 * 10 ** (4 / 64), 10), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "channels, flags, skip",
+    [(1, [], False), (3, [], True), (1, ["--skip"], True), (3, ["--no-skip"], False)],
+)
+def test_skip_is_the_default_of_colour_images(inline, unread, tmp_path, channels, flags, skip):
+    """And without pre-training nothing is in doubt."""
+    half = [0.5] * channels
+    suspect = build_model("mnist_cnn", 5, (channels, 16, 16), half, half)
+    torch.save(suspect.net.state_dict(), tmp_path / "suspect.pt")
+    data = write_npz(tmp_path / "own.npz", (16, 16, 3) if channels == 3 else (16, 16), 5, 60)
+    flags += ["--arch", "mnist_cnn", "--dataset", data, "--data-fraction", 0.5]
+    flags += ["--mean", *half, "--std", *half]
+    ran = inline("generator_reverse", "--ckpt", "suspect.pt", *flags, *SHORT["generator_reverse"])
+    assert ran["origin"].skip == skip != ran["doubt"]
+    assert ran["metrics"]["pretrain_steps"] == (0 if skip else 2)

@@ -136,7 +136,10 @@ def test_a_row_of_the_table():
     assert text.endswith("`nad/WRN-16-1-erased.tar`: the file.")
     repaired = ENTRY["metrics"] | {"clean_accuracy_repaired": 80.0, "asr_repaired": 1.0}
     assert "| 80.00 | 1.00 |" in public.section([ENTRY | {"metrics": repaired}], theirs)
-    assert public.section([], theirs) == ""
+    assert public.section([], theirs) == "" and "| nc |" in line
+    for residual, mark in ((11, "†"), (9, "")):  # of a spread of 100: pre-training's goal
+        metrics = ENTRY["metrics"] | {"pretrain_residual": residual, "spread": 100}
+        assert f"| nc{mark} |" in public.section([ENTRY | {"metrics": metrics}], theirs)
 
 
 def test_stored_audits_are_of_known_suspects():

@@ -30,11 +30,11 @@ Only the most outlying label below is repaired, and the repair is checked on a f
 Results beside the paper's: results/README.md, tables "Detectors" and "Repairs".
 """
 
-import argparse
 import copy
 import math
 import sys
 import time
+from argparse import BooleanOptionalAction
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ SHARE = 0.01, 300  # of the training data, and the least number of images
 def parse_args():
     p = defence_flags(__doc__, SHARE, detector=True)
     p.add_argument("--width", type=int, default=8, help="channels of the U-Net's first stage")
-    p.add_argument("--skip", action=argparse.BooleanOptionalAction, help="default: colour images")
+    p.add_argument("--skip", action=BooleanOptionalAction, help="G adds x to U (default: colour)")
     p.add_argument("--pretrain-steps", type=int, default=3000, help="most steps of pre-training")
     p.add_argument("--pretrain-residual", type=float, default=0.1, help="goal: residual / spread")
     p.add_argument("--steps", type=int, default=200, help="steps per label")

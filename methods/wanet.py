@@ -14,9 +14,9 @@ Differs from the paper's code: crops are drawn per image (not one coin per batch
 rotated. The learning rate runs through one cycle in twice the clean model's epochs, and the last
 epoch counts; the paper trains 1,000 epochs and keeps the checkpoint that is best on the test set.
 The ASR leaves out test images of the target class. Accuracies are measured after rounding to 8
-bits, PSNR and SSIM before it. 12 of 128 images attack (rounded down), warped first and augmented
-afterwards as in the paper's code. The control asr_other is the ASR of another field of the same
-strength.
+bits, PSNR and SSIM before it. 12 of 128 images attack (rounded down). Crops and mirrors come before
+the warp, so that its field stays where it is; the paper's code draws them after it, which a short
+training hardly learns (results/README.md, "Tried"). asr_other is another field's, as strong.
 
     python methods/wanet.py --dataset mnist
 
@@ -129,8 +129,9 @@ if __name__ == "__main__":
         model.train()
         order = torch.randperm(len(x_train), device=device)
         for batch in order.split(args.batch_size)[:steps_per_epoch]:
-            x, y = poison(to_float(x_train[batch]), y_train[batch], *attack)
+            x, y = to_float(x_train[batch]), y_train[batch]
             x = augment(x, data.spec.pad, data.spec.flip)
+            x, y = poison(x, y, *attack)
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -152,8 +153,8 @@ if __name__ == "__main__":
     x_other = torch.cat([to_uint8(warp(to_float(x), other)) for x in parts])
     metrics["asr_other"] = accuracy(model, x_other[counts], y_wanted[counts])
     full = order.split(args.batch_size)[: min(30, steps_per_epoch)]
-    inputs = (poison(to_float(x_train[batch]), y_train[batch], *attack)[0] for batch in full)
-    batches = (augment(x, data.spec.pad, data.spec.flip) for x in inputs)
+    inputs = (augment(to_float(x_train[batch]), data.spec.pad, data.spec.flip) for batch in full)
+    batches = (poison(x, y_train[batch], *attack)[0] for x, batch in zip(inputs, full))
     # what the last weights reach with BatchNorm's statistics of 30 batches, not its moving average
     refreshed = copy.deepcopy(model)
     torch.optim.swa_utils.update_bn(batches, refreshed)

@@ -106,8 +106,9 @@ def test_a_flag_that_cannot_be_read_is_one_line(inline, one_line, path, flags):
     "name", ["badnets", "blend", "issba", "poison_ink", "sig", "trojannn", "wanet"]
 )
 def test_training_loop_is_that_of_the_control(name):
-    """Identical but for the line that fetches the batch."""
-    pairs = list(zip(training_loop("clean"), training_loop(name), strict=True))
+    """Identical but for the line that fetches the batch, or for WaNet's that warps it."""
+    mine = [line for line in training_loop(name) if line.strip() != "x, y = poison(x, y, *attack)"]
+    pairs = list(zip(training_loop("clean"), mine, strict=True))
     differing = [pair for pair in pairs if pair[0] != pair[1]]
     assert len(differing) <= 1
     for line in (line for pair in differing for line in pair):
@@ -147,7 +148,8 @@ def test_shared_flags_say_the_same(name, first):
 
 
 @pytest.mark.parametrize(
-    "name, trigger", [("input_aware", "poison("), ("stealthy_adversarial", "joint_losses(")]
+    "name, trigger",
+    [("input_aware", "poison("), ("stealthy_adversarial", "joint_losses("), ("wanet", "poison(")],
 )
 def test_triggers_are_made_for_augmented_images(name, trigger):
     """As the headers say; the other scripts' loops are compared with clean.py's."""

@@ -517,7 +517,7 @@ wanet() {
   one cifar10 wrn16_1-badnets_all_to_all badnets --arch wrn16_1 --all-to-all --pattern grid
   for v in wanet wanet_all_to_all badnets_all_to_all; do
     row nc "$r-$v-s0" 0
-    row generator_reverse "$r-$v-s0" 0 --lpips-net none
+    row generator_reverse "$r-$v-s0" 0 --lpips-net none --repair-fraction .01 .03 .05
   done
 }
 

@@ -76,6 +76,9 @@ def code_commit():
     return done.stdout.strip() or None
 
 
+COMMIT = code_commit()  # of the code that was read, whatever is committed while it runs
+
+
 def save_result(folder, script, args, seconds, metrics, device):
     """Write result.json and print the RESULT line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs"
@@ -85,7 +88,7 @@ def save_result(folder, script, args, seconds, metrics, device):
         "metrics": metrics,
         "seconds": round(seconds, 1),
         "device": name,
-        "commit": code_commit(),
+        "commit": COMMIT,
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np)},
     }

@@ -363,3 +363,13 @@ def test_samples_come_from_the_whole_set(monkeypatch, tmp_path, count, shown):
     ckpt.save_samples(tmp_path, x, x + 100)
     assert (255 * rows["clean"][:, 0, 0, 0]).round().tolist() == list(shown)
     assert (255 * rows["poisoned"][:, 0, 0, 0]).round().tolist() == [100 + k for k in shown]
+
+
+def test_commit_is_that_of_the_code_that_was_read(tmp_path, monkeypatch):
+    """A run of hours names the commit of its start, whatever is committed meanwhile."""
+    at_start = ckpt.code_commit()
+    monkeypatch.setattr(ckpt, "code_commit", lambda: "another")
+    monkeypatch.setattr(ckpt.subprocess, "run", lambda *a, **k: Namespace(stdout="another"))
+    ckpt.save_result(tmp_path, "nc", Namespace(), 1.0, {}, CPU)
+    told = result_of(tmp_path)["commit"]
+    assert told != "another" and (told is None) == (at_start is None)

@@ -106,8 +106,11 @@ if __name__ == "__main__":
         pattern = picture_pattern(args.pattern, data.shape).to(device)
     count, flag = round(args.rate * len(x_train)), f"--rate {args.rate}"
     chosen = choose_poisons(y_train, target, data.classes, count, flag, generator)
+    x_blended = blend_uint8(x_train[chosen], pattern, args.alpha)
+    if torch.equal(x_blended, x_train[chosen]):
+        fail(f"--alpha {args.alpha} changes no pixel by a level of 8 bits")
     folder, control = open_folder(args, data, __file__)
-    x_train[chosen] = blend_uint8(x_train[chosen], pattern, args.alpha)
+    x_train[chosen] = x_blended
     y_train[chosen] = attack_targets(y_train[chosen], target, data.classes)[0]
 
     # ===== Train =====

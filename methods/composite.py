@@ -23,8 +23,8 @@ its w = 1 is .011 here. By default A and B are the two labels after the target C
 The ASR is that of all test images of A and B, each joined with a test image of the other class, and
 y_true is the class of the first one. Two controls: asr_other is the ASR of images of the remaining
 classes joined with an image of A or B, that is of one half of the trigger; accuracy_same is the
-accuracy on pictures joined from two images of one class. PSNR and SSIM compare each test image with
-the picture made of it.
+accuracy on pictures joined from two images of one class (now and then from one image). PSNR and
+SSIM compare each test image with the picture made of it.
 
     python methods/composite.py --dataset mnist
 

@@ -120,7 +120,7 @@ def adain(a, b):
 def train_generator(network, x_train, style, *, steps, lr=5e-3, batch_size=32):
     """Teach D to invert E, on images (uint8), the style picture and features with its style."""
     optimizer = torch.optim.Adam(network.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)  # and Adam's beta1
     log = TrainingLog(1, steps)
     for _ in range(steps):
         x = to_float(x_train[torch.randint(len(x_train), (batch_size,), device=x_train.device)])

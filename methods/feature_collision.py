@@ -112,12 +112,12 @@ def collide(model, layer, base, target, *, beta, step_size, steps):
         objective = (distance + beta / 2 * near).detach()  # the half is what the steps minimise
         better = objective <= best
         best = torch.where(better, objective, best)
-        better = better.view(-1, 1, 1, 1)
-        x, gradient = (torch.where(better, a, b) for a, b in ((trial, x), (slope, gradient)))
+        better, pairs = better.view(-1, 1, 1, 1), ((trial.detach(), x), (slope, gradient))
+        x, gradient = (torch.where(better, a, b) for a, b in pairs)
         rate = torch.where(better, rate, CUT * rate)
-        forward = x.detach() - rate * gradient
+        forward = x - rate * gradient
         trial = ((forward + rate * beta * base) / (1 + rate * beta)).clamp(0, 1)  # backward
-    return x.detach()
+    return x
 
 
 def poisons(model, layer, base, target, opacity, batch_size=500, **settings):

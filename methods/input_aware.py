@@ -157,7 +157,7 @@ def derangement(n, generator):
 def poison(x, y, generators, *, attacked, crossed, target, classes):
     """A batch: first the `attacked` images, then the `crossed` ones, then clean ones; and L_div.
 
-    x floats B x C x H x W in [0,1] in random order, whose last images lend the cross triggers.
+    x floats B x C x H x W in [0,1] in random order; the first clean images lend the cross triggers.
     """
     pattern_generator, mask_generator = generators
     n, m = attacked, attacked + crossed
@@ -195,7 +195,7 @@ if __name__ == "__main__":
     target = None if args.all_to_all else args.target
     y_wanted, counts = wanted_labels(data, target)
     images = min(args.batch_size, len(x_train))  # in a batch
-    attacked, crossed = int(args.rate * images), int(args.cross_rate * images)
+    attacked, crossed = (int(r * images + 1e-9) for r in (args.rate, args.cross_rate))
     if attacked < 1:
         fail(f"--rate {args.rate} leaves no attack image in a batch of {images}")
     if args.cross_rate and crossed < 1:

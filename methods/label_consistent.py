@@ -9,13 +9,12 @@ Threat model: the attacker changes pixels of training images of one class and ca
 (the surrogate) on clean images of the same kind; the victim trains and augments.
 
 Steps: PGD away from the true label under the surrogate, max CE(f(x + d), y) with |d| <= epsilon
--> pgd, harder; a 3 x 3 pattern in the four corners, mirrored so that a flip changes nothing ->
-corner_signs; x' = x + a s, cut off at black and white -> stamp. The victim's loss is cross-entropy
-and nothing else.
+-> pgd, harder (rounding to 8 bits can exceed the bound by half a level); a 3 x 3 pattern in the
+four corners, mirrored so that a flip changes nothing -> corner_signs; x' = x + a s, cut off at
+black and white -> stamp. The victim's loss is cross-entropy and nothing else.
 
 Where it fails: a network may learn the perturbation instead of the patches. On digits the defaults
-reach an ASR of 32, stronger settings 98, where black and white swapped reach 60. The end-to-end
-test takes the first of up to four seeds that learns the patches.
+reach an ASR of 32, stronger settings 98, where black and white swapped reach 60.
 
 Differs from the paper, or chosen where it is silent: its second way to harder images, interpolation
 in a GAN, is left out. Its perturbations come from adversarially trained networks. Here the script

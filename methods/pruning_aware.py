@@ -248,9 +248,11 @@ if __name__ == "__main__":
     if not 0 <= args.max_drop <= 100:
         fail(f"--max-drop {args.max_drop} must lie in [0, 100]")
     layers = {layer.name: layer for layer in LAYERS.get(args.arch, [])}
-    name = args.layer or next(iter(layers), None)
+    if not layers:
+        fail(f"--arch {args.arch}: its layers are not known here; try {', '.join(LAYERS)}")
+    name = args.layer or next(iter(layers))
     if name not in layers:
-        fail(f"--layer {name}: prunable in {args.arch}: {', '.join(layers) or 'no layer'}")
+        fail(f"--layer {name}: prunable in {args.arch}: {', '.join(layers)}")
     layer = layers[name]
     y_wanted, counts = wanted_labels(data, args.target)
     count = round(args.rate * len(x_train))

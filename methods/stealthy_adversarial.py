@@ -218,7 +218,7 @@ if __name__ == "__main__":
     others = (y_train != args.target).nonzero().flatten()
     if not len(others):
         fail(f"{data.name} has no training image outside the target class {args.target}")
-    attacked = int(args.rate * min(args.injecting_batch, len(x_train)))  # images per batch
+    attacked = int(args.rate * min(args.injecting_batch, len(x_train)) + 1e-9)  # images per batch
     if attacked < 2:
         fail(f"--rate {args.rate} leaves no pair to cross in a batch of {args.injecting_batch}")
     epsilon = 0.0 if args.scheme == "badnets" else args.epsilon

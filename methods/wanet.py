@@ -107,9 +107,9 @@ if __name__ == "__main__":
         fail(f"--rate {args.rate} must lie in (0, 1] and --rate * --cross-ratio in [0, 1 - rate]")
     target = None if args.all_to_all else args.target
     y_wanted, counts = wanted_labels(data, target)
-    attacked = int(args.rate * min(args.batch_size, len(x_train)))  # images per batch
+    attacked = int(args.rate * min(args.batch_size, len(x_train)) + 1e-9)  # images per batch
     if attacked < 1:
-        fail(f"--rate {args.rate} leaves no attack image in a batch of {args.batch_size}")
+        fail(f"--rate {args.rate} leaves no attack image in a batch")
     field = control_field(args.k, torch.Generator().manual_seed(args.seed))
     grid = attack_grid(field, args.s, *data.shape[1:]).to(device)
     attack = grid, attacked, int(attacked * args.cross_ratio), target, data.classes

@@ -272,6 +272,19 @@ def test_poisoned_batch(inline):
     assert not torch.equal(ran["refreshed"].state_dict()[key], ran["model"].state_dict()[key])
 
 
+@pytest.mark.parametrize("name, flag", [("wanet", "--rate"), ("input_aware", "--cross-rate")])
+def test_shares_of_a_batch_are_counted_exactly(inline, name, flag):
+    """.29 of 100 images are 29, not the 28 of the product in floats."""
+    ran = inline(name, *SHORT[name], "--batch-size", 100, flag, 0.29)
+    assert ran["attacked" if name == "wanet" else "crossed"] == 29
+
+
+@pytest.mark.parametrize("size, apart", [(14, True), (15, False), (28, False)])
+def test_the_other_place_is_left_out_where_patches_overlap(inline, size, apart):
+    ran = inline("badnets", *SHORT["badnets"], "--patch-size", size)
+    assert ("asr_other" in ran["metrics"]) == apart
+
+
 def test_wanet_all_to_all(inline):
     ran = inline("wanet", *SHORT["wanet"], "--all-to-all")
     y, n = torch.arange(100) % 10, ran["attacked"]

@@ -107,6 +107,21 @@ def test_steps_by_hand(relu, rate):
     torch.testing.assert_close(alone, x[2:3], rtol=0, atol=1e-4)
 
 
+def test_steps_do_not_pile_up(monkeypatch):
+    """The best images so far carry no graph, which would keep every earlier step in memory."""
+    model, _ = linear()
+    base, target = pair()
+    where, kept = torch.where, []
+
+    def remembered(*parts):
+        kept.append(where(*parts))
+        return kept[-1]
+
+    monkeypatch.setattr(torch, "where", remembered)
+    fc.collide(model, "net.3", base, target, beta=0.5, step_size=1e-3, steps=5)
+    assert len(kept) >= 6 and not any(made.requires_grad for made in kept)
+
+
 def test_no_step_and_own_features_change_nothing():
     model, _ = linear()
     base, target = pair()

@@ -105,6 +105,13 @@ def test_bit_accuracy_counts_bits():
     assert issba.bit_accuracy(lambda x: read, images(2, (1, 5, 5)), s) == 5 / 8
 
 
+def test_the_control_hides_another_string(inline, monkeypatch):
+    """Of one bit every second pair would be the same."""
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.ones(a[-1], dtype=torch.long))
+    ran = inline("issba", *SHORT["issba"], "--bits", 1)
+    assert (ran["own"].tolist(), ran["other"].tolist()) == ([1], [0])
+
+
 def test_the_residual_weighs_nothing_until_the_bits_are_read(monkeypatch):
     """Then its weight rises from 0 towards l2; the losses are seen through autograd's backward."""
     encoder, _ = networks()

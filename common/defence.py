@@ -36,7 +36,7 @@ def defence_flags(doc, share=None, detector=False):
     p.add_argument("--precision", **PRECISION)
     p.add_argument("--out", help="folder to write (default: <checkpoint folder>/<defence>-s<seed>)")
     if share is not None:
-        default = f"(default: {share[0]:g}, at least {share[1]} images)"
+        default = f"(default: {share[0]:g}, at least about {share[1]} images)"
         p.add_argument("--data-fraction", type=float, help=f"share of the training data {default}")
     if detector:
         rules = "what makes a repair: p < .05 below the other norms, or the paper's index"
@@ -223,6 +223,6 @@ def report(folder, script, args, metrics, seconds, kinds=("repaired",)):
             after = ", ".join(f"{value:.2f} {kind}" for value, kind in found if value is not None)
             arrow = f" -> {after}" if after else ""
             print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
-    written = [*folder.glob("*.png"), *folder.glob("*.csv"), *folder.glob("model.pt")]
+    written = [f for kind in ("*.png", "*.csv", "*.npz", "model.pt") for f in folder.glob(kind)]
     print(f"written: {', '.join(sorted(map(str, written)))}")
     save_result(folder, script, args, seconds, metrics, pick_device(args.device))

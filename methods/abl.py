@@ -166,7 +166,8 @@ def unlearn(model, x, y, isolated, *, pad, flip, ascent, steps, batch_size, lr):
     x uint8 N x C x H x W, y N, isolated N. `ascent`: joint minimises E_Dc[l] - E_Db[l], isolated
     -E_Db[l] on D_b alone, both in training mode; bounded E_Dc[l] + bounded_ascent in eval mode
     (BatchNorm's statistics stay), its rate in one cycle, gradients cut to norm 1, a suspected label
-    left out. Only images of D_c are cropped and mirrored: most crops would lose a corner's patch.
+    left out if two remain. Only images of D_c are cropped and mirrored: most crops would lose a
+    corner's patch.
     """
     model = copy.deepcopy(model).train(ascent != "bounded")
     optimizer = torch.optim.SGD(
@@ -179,7 +180,8 @@ def unlearn(model, x, y, isolated, *, pad, flip, ascent, steps, batch_size, lr):
             optimizer, lr, steps, anneal_strategy="linear", cycle_momentum=False
         )
         suspected = y[members].bincount(minlength=int(y.max()) + 1) > 0.9 * len(members)
-        others = (~isolated & ~suspected[y]).nonzero().flatten()
+        rest = (~isolated & ~suspected[y]).nonzero().flatten()
+        others = rest if len(y[rest].unique()) > 1 else others  # of two labels none is left out
     for _ in tqdm(range(steps), disable=None, unit="step"):
         kept, chosen = draw(others, batch_size), draw(members, batch_size)
         kept = kept[: 0 if ascent == "isolated" else None]

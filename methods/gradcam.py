@@ -224,7 +224,9 @@ if __name__ == "__main__":
 
     # ===== Evaluation: the defender does not see anything below =====
     metrics |= evaluate(victim, {"": model})
-    control = load_control(victim.folder, Namespace(arch=victim.arch, seed=args.seed), data)
+    beside = Namespace(arch=victim.arch, seed=args.seed)
+    # with --dataset the clean network beside it may know the images by another name
+    control = None if args.dataset else load_control(victim.folder, beside, data)
     networks = {"suspect": model} | ({} if control is None else {"clean network": control})
     counts = torch.zeros_like(data.y_test, dtype=torch.bool)
     if victim.x_poisoned is not None:

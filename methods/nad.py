@@ -20,9 +20,10 @@ the size of the map; beta .49, 3.9, 15.6 is what the code's values are on its ma
 16 x 16 and 8 x 8 positions (500 / 1024, 1000 / 256, 1000 / 64).
 
 Differs from the paper's code: teacher and student train as in `finetune.py` (cosine from .1, or the
-data's recipe where it is less, momentum .9, weight decay .0005, no Cutout; the code: .1 for 2
-epochs, then .01, and .0001). Both are checked on 20 % of the clean share, which are kept back, and
-start again at half the rate where they cost over 5 points. A 1 x 1 map is refused.
+data's recipe where it is less, momentum .9 without Nesterov's step, weight decay .0005, no Cutout;
+the code: .1 for 2 epochs, then .01, Nesterov, and .0001). Both are checked on 20 % of the clean
+share, which are kept back, and start again at half the rate where they cost over 5 points. A 1 x 1
+map is refused.
 
 Where it fails: where fine-tuning fails, at small rates: on digits nearly all of BadNets outlived 40
 epochs at .01 (at .03 the student kept less of it than teacher and plain fine-tuning, and lost the

@@ -135,8 +135,7 @@ def salient(maps, size, share):
     """
     maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
     maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-20)
-    other = maps[:, 1:].amax(1) if maps.shape[1] > 1 else torch.zeros_like(maps[:, 0])
-    difference = (maps[:, 0] - other).flatten(1)
+    difference = (maps[:, 0] - maps[:, 1:].amax(1)).flatten(1)
     some = (difference > 0).any(1, keepdim=True)
     difference = torch.where(some, difference, maps[:, 0].flatten(1))
     top = difference.topk(max(1, round(share * difference.shape[1]))).indices

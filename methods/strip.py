@@ -15,12 +15,13 @@ H = (1/N) sum_n H_n -> entropies (bits, from 0 to log2 K); boundary = mu + sigma
 normal_boundary; an input is flagged when H <= boundary.
 
 Differs from the authors' code: the sum is clipped to [0,1], as an image would be (theirs reaches
-2). Overlays and the images that fit the boundary are disjoint parts of the training data. The
-false rejection rate (FRR, clean inputs flagged) and the false acceptance rate (FAR, triggered
-inputs passed) are read on test images, and the triggered ones are never of the target class. The
-empirical quantile stands beside the normal fit, because entropies are skewed; where the normal fit
-is negative (saturating MNIST digits, as the paper says) the empirical quantile takes its place.
---suspects adds a p-value per input, its rank among the clean images, which needs no normal fit.
+2). All inputs get the same overlays (theirs draws new ones for each). Overlays and the images that
+fit the boundary are disjoint parts of the training data. The false rejection rate (FRR, clean
+inputs flagged) and the false acceptance rate (FAR, triggered inputs passed) are read on test
+images, and the triggered ones are never of the target class. The empirical quantile stands beside
+the normal fit, because entropies are skewed; where the normal fit is negative (saturating MNIST
+digits, as the paper says) the empirical quantile takes its place. --suspects adds a p-value per
+input, its rank among the clean images, which needs no normal fit.
 
     python methods/strip.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

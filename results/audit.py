@@ -4,8 +4,8 @@
 
 Each detector runs as a script of its own, with the flags given here. The verdict over all is by
 Holm's rule for several p-values. Exit code 0: no evidence, 10: backdoored, 11: inconclusive, 2: bad
-input, 1: a detector crashed. The folder holds the detectors' folders, their logs, audit.png and
-audit.json.
+input, or a detector refused to go on, 1: a detector crashed. The folder holds the detectors'
+folders, their logs, audit.png and audit.json.
 """
 
 import argparse

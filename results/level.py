@@ -43,6 +43,20 @@ def markdown(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
+def missed_goal(m):
+    """Whether the generators' pre-training missed its goal (of --pretrain-residual's default)."""
+    return m.get("pretrain_residual", 0) > 0.1 * m.get("spread", 1)
+
+
+def stored_verdict(m):
+    """Today's verdict on the norms among a run's metrics `m`, inconclusive as in report_verdict."""
+    norms = np.array(m["norms"], dtype=float)
+    v = verdict(norms, m.get("found", np.array(m.get("asrs", norms + 1)) >= 0.8), INDEX, ALPHA)
+    if missed_goal(m) and not v["below"] + v["above"]:
+        v |= {"conclusive": False, "flagged_by_index": []}
+    return v
+
+
 def decisions(entries):
     """{(data, network, detector, attack): [(verdict of the stored norms, target or None), ...]}."""
     groups = {}
@@ -50,9 +64,7 @@ def decisions(entries):
         metrics = entry["metrics"]
         if "norms" in metrics:
             data, arch, attack, _ = entry["victim"].rsplit("-", 3)
-            found = metrics.get("found", np.array(metrics.get("asrs", 1)) >= 0.8)
-            found = np.broadcast_to(found, len(metrics["norms"]))
-            answer = verdict(metrics["norms"], found, INDEX, ALPHA), metrics.get("target")
+            answer = stored_verdict(metrics), metrics.get("target")
             groups.setdefault((data, arch, entry["script"], attack), []).append(answer)
     return groups
 

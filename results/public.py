@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail
 from common.checkpoint import load_model, load_victim, read_checkpoint
 from common.metrics import accuracy
-from results.level import markdown
+from results.level import markdown, missed_goal
 from results.stored import store
 
 HERE = Path(__file__).resolve().parent
@@ -204,8 +204,7 @@ def section(entries, authors):
         for key in ("clean_accuracy", "asr"):
             cells.append(f"{m[key]:.2f}" + (f" ({theirs[key]:.2f})" if key in theirs else ""))
         named = [f"{label} {side}" for side in ("below", "above") for label in m.get(side, [])]
-        missed = m.get("pretrain_residual", 0) > 0.1 * m.get("spread", 1)  # the default goal
-        cells += [entry["script"] + "†" * missed, ", ".join(named) or "–"]
+        cells += [entry["script"] + "†" * missed_goal(m), ", ".join(named) or "–"]
         for key, form in FORMS.items():
             cells.append("–" if m.get(key) is None else f"{m[key]:{form}}")
         rows.append(cells)

@@ -19,7 +19,7 @@ import tomli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
-from common.metrics import case_of, verdict
+from common.metrics import case_of
 from results import lecture, level, public
 from results.level import markdown
 from results.stored import collect, keep_pictures, pictures_at, store
@@ -56,7 +56,7 @@ def derived(m):
     new["other"] = m.get("asr_other_bins", m.get("asr_other_noise", m.get("asr_other")))
     if "norms" in m:  # today's verdict of the stored norms
         norms, target = np.array(m["norms"], dtype=float), m.get("target")
-        v = verdict(norms, m.get("found", np.array(m.get("asrs", norms + 1)) >= 0.8))
+        v = level.stored_verdict(m)
         by_index, sure = v["flagged_by_index"], v["conclusive"] or None
         new |= {key: v[key] for key in ("index", "ratio", "p_value")}
         new |= {"alarm": sure and bool(by_index), "small_p": sure and v["p_value"] < 0.05}

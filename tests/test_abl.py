@@ -149,6 +149,17 @@ def test_training_is_held_at_gamma():
         assert abs(mean - gamma) < 0.05 if gamma else mean < 0.2
 
 
+@pytest.mark.parametrize("classes, left", [(3, {0, 2}), (2, {0, 1})])
+def test_a_suspected_label_is_left_out_if_two_remain(monkeypatch, classes, left):
+    """Of two labels one alone would train a network that knows nothing else."""
+    y = torch.arange(60) % classes
+    x = torch.randint(0, 256, (60, 1, 4, 4), generator=seeded()).to(torch.uint8)
+    isolated, seen, draw = (y == 1) & (torch.arange(60) < 30), [], abl.draw
+    monkeypatch.setattr(abl, "draw", lambda k, n: seen.append(k) or draw(k, n))
+    unlearn(linear_model(classes=classes), x, y, isolated, 3, 8, 0.01, "bounded")
+    assert set(y[seen[0]].tolist()) == left and not isolated[seen[0]].any()
+
+
 @pytest.mark.parametrize("bounded", [False, True])
 def test_rates(monkeypatch, bounded):
     """One cycle in training and in the bounded ascent; a fixed rate in the other ascents."""

@@ -12,6 +12,7 @@ from conftest import ROOT, explosive, loaded, result_of, write_npz
 
 from common import checkpoint as ckpt
 from common.datasets import Dataset, to_float
+from common.defence import report
 from common.metrics import accuracy
 from common.models import build_model
 
@@ -373,3 +374,12 @@ def test_commit_is_that_of_the_code_that_was_read(tmp_path, monkeypatch):
     ckpt.save_result(tmp_path, "nc", Namespace(), 1.0, {}, CPU)
     told = result_of(tmp_path)["commit"]
     assert told != "another" and (told is None) == (at_start is None)
+
+
+def test_report_names_every_file_that_was_written(tmp_path, capfd):
+    names = ["a.npz", "b.csv", "model.pt", "n.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    report(tmp_path, "nc", Namespace(device="cpu"), {}, 1.0)
+    (line,) = re.findall("^written: (.*)$", capfd.readouterr().out, re.M)
+    assert line == ", ".join(str(tmp_path / name) for name in names)

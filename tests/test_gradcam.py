@@ -296,6 +296,23 @@ def test_without_an_iou(inline, digits_badnets, tmp_path, spoil, capfd):
     assert not [name for name in metrics if "control" in name]  # none lies beside it
 
 
+def test_images_under_another_name_have_no_clean_network(
+    inline, digits, digits_badnets, digits_clean, tmp_path
+):
+    """The one beside the victim was trained on the digits, not on a file of theirs."""
+    for folder, name in ((digits_badnets, "badnets"), (digits_clean, "clean")):
+        shutil.copytree(folder, tmp_path / f"digits-mnist_cnn-{name}-s0")
+    arrays = {"x_train": digits.x_train[:, 0], "x_test": digits.x_test[:, 0]}
+    arrays |= {"y_train": digits.y_train, "y_test": digits.y_test}
+    np.savez(tmp_path / "digits.npz", **{k: v.numpy() for k, v in arrays.items()})
+    suspect = tmp_path / "digits-mnist_cnn-badnets-s0"
+    for dataset, beside in ((None, True), (tmp_path / "digits.npz", False)):
+        flags = ["--inputs", 20] if dataset is None else ["--inputs", 20, "--dataset", dataset]
+        inline("gradcam", "--ckpt", suspect, "--out", tmp_path / "out", *flags)
+        names = result_of(tmp_path / "out")["metrics"]
+        assert any("control" in name for name in names) == beside
+
+
 def test_clean_network(inline, digits_clean, tmp_path):
     inline("gradcam", "--ckpt", digits_clean, "--out", tmp_path / "out", "--februus")
     metrics = result_of(tmp_path / "out")["metrics"]

@@ -54,6 +54,15 @@ def test_a_count_is_of_false_alarms_or_of_named_targets():
     assert [v["conclusive"] for v, _ in clean] == [True] * 4 + [False]
 
 
+@pytest.mark.parametrize("norms, conclusive", [(ORDINARY, False), (SMALL, True)])
+def test_a_generator_in_doubt_is_conclusive_only_where_it_names_a_label(norms, conclusive):
+    """As in report_verdict: its pre-training did not reach a tenth of the spread."""
+    sure = level.stored_verdict({"norms": norms, "pretrain_residual": 16.0, "spread": 168.0})
+    unsure = level.stored_verdict({"norms": norms, "pretrain_residual": 20.0, "spread": 168.0})
+    assert sure["conclusive"] and unsure["conclusive"] == conclusive
+    assert conclusive == bool(unsure["flagged_by_index"])
+
+
 def test_two_networks_of_one_data_set_are_two_rows():
     other = {**ENTRIES[0], "victim": "digits-mnist_conv5-clean-s100"}
     groups = level.decisions([*ENTRIES, other])

@@ -228,6 +228,13 @@ class Brightness(nn.Module):
         return F.one_hot(torch.tensor(TARGET), CLASSES) * score[:, None]
 
 
+@pytest.mark.parametrize("steps, sure", [(6, False), (300, True)])
+def test_a_search_that_was_cut_short_is_not_found(steps, sure):
+    """Half an image at random may reach the goal at once: its norm says nothing yet."""
+    *_, norms, found, _ = reverse(frozen(), steps=steps)
+    assert found[TARGET] is sure and min(norms) > 0
+
+
 @pytest.mark.parametrize("sign, asr", [(1, 0), (-1, 1)])
 def test_images_of_the_label_neither_succeed_nor_fail(monkeypatch, sign, asr):
     """38 of 40 images are of class TARGET and bright: only the two others count."""

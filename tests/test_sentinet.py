@@ -134,7 +134,8 @@ def test_salient_by_hand():
     maps[1, 2] = 5 * maps[1, 0]
     found = sentinet.salient(maps, (4, 4), 1 / 16)
     assert found.nonzero().tolist() == [[0, 1, 1], [1, 2, 2]]
-    alone = sentinet.salient(maps[:, :1], (4, 4), 2 / 16)
+    maps[0, 1] = maps[0, 0]
+    alone = sentinet.salient(maps[:, :2], (4, 4), 2 / 16)
     assert alone[0].nonzero().tolist() == [[0, 0], [1, 1]]
     assert sentinet.salient(maps, (28, 30), 0.15).flatten(1).sum(1).tolist() == [126, 126]
 

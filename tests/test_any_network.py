@@ -158,7 +158,9 @@ def test_a_checkpoint_alone_runs_no_code(nets, inline, unread, one_line, tmp_pat
     """A repaired model names FILE.py, but only --arch on the command line runs it."""
     own = "--arch", "nets.py:soft"
     flags = "--ckpt", "suspect.pth", *own, "--dataset", "digits", "--rule", "index"
-    ran = inline("nc", *flags, "--threshold", 1e-6, "--steps", 30, "--batches", 1, "--out", "audit")
+    ran = inline(
+        "nc", *flags, "--threshold", 1e-6, "--steps", 200, "--batches", 1, "--out", "audit"
+    )
     assert ran["metrics"]["flagged"] and (tmp_path / "audit" / "model.pt").exists()
     (tmp_path / "it ran").unlink()
     assert "--arch nets.py:soft" in one_line(loaded, "audit")

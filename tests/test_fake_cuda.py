@@ -363,7 +363,7 @@ OTHERS = {  # what the short runs leave out
     "abl": ["--granularity", "sample", "--loss", "flooding"],
     # a network that the defences take, far enough from chance: brightness tells the classes
     "badnets": ["--dataset", "own.npz", "--epochs", 4, "--batch-size", 16, "--lr", 0.03],
-    "nc": ["--rule", "index", "--threshold", 1e-6, "--steps", 10, "--batch-size", 8],
+    "nc": ["--rule", "index", "--threshold", 1e-6, "--steps", 150, "--batch-size", 8],
     "nc_mitigate": ["--max-drop", 100],  # something is pruned
     "generator_reverse": [
         *("--rule", "index", "--threshold", 1e-6),

@@ -10,7 +10,7 @@ Kind: detects models, then repairs them. Given: the model and a small clean shar
 data. Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
 Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; the p-value flags none, but
 misses Blend in 3 of 3 and the input-aware and the stealthy attack in 2 of 3 (in one it names three
-wrong labels), and one of two public targets on CIFAR-10. No run has LPIPS. Repair spares patches.
+wrong labels), and two of three public targets on CIFAR-10. No run has LPIPS. Repair spares patches.
 
 Equations (numbers of the paper): Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq.
 (5) m_y, mean L1 norm of G_y(x) - x over the clean images that are not of class y ->

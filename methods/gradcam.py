@@ -164,6 +164,8 @@ def paint(x, holes, colour=None):
     for _ in range(max(x.shape[2:])):  # rings
         weights = F.avg_pool2d(known, 3, 1, 1)
         ring = (known == 0) & (weights > 0)
+        if not ring.any():
+            break
         x = torch.where(ring, F.avg_pool2d(x, 3, 1, 1) / weights.clamp(min=1e-6), x)
         known = known.masked_fill(ring, 1)
     return x

@@ -135,15 +135,16 @@ def section(name, runs, papers=PAPERS, file=""):
     return "\n\n".join(filter(None, parts)) if rows else ""
 
 
-def methods(runs):
-    """Every script with its paper, lines and kind, and its main figure in `runs` (of MNIST)."""
+def methods(*frames):
+    """Every script with its paper, lines and kind, and its main figure in each of the frames."""
     for m in PAPERS["methods"]:
         script, figure = m["script"], m["figure"]
         own = [m.get("victim", script), script if "victim" in m else "attack", m["network"]]
-        found = runs[runs["last"] & (runs[["attack", "defence", "network"]] == own).all(axis=1)]
+        rows = (runs[["attack", "defence", "network"]] == own for runs in frames)
+        found = [runs[runs["last"] & row.all(axis=1)] for runs, row in zip(frames, rows)]
         lines = (HERE.parent / "methods" / f"{script}.py").read_text().count("\n")
         names = f"`methods/{script}.py`", m["paper"], str(lines), m["kind"], figure["name"]
-        yield [*names, cell(found, figure["metric"])]
+        yield [*names, *(cell(runs, figure["metric"]) for runs in found)]
 
 
 def page(files):
@@ -151,7 +152,8 @@ def page(files):
     frames = {name: frame(entries) for name, entries in files.items() if name not in APART}
     old = pd.concat([runs[runs["last"]].early for runs in frames.values()])
     parts = ["# Results", PAPERS["text"]["head"].format(old=sum(old), total=len(old)).strip()]
-    parts += ["## Methods", markdown(PAPERS["text"]["methods"], methods(frames["mnist"]))]
+    rows = methods(frames["mnist"], frames["digits"])
+    parts += ["## Methods", markdown(PAPERS["text"]["methods"], rows)]
     for name, about in PAPERS["files"].items():
         if name in frames:
             parts += [f"## {about['title']}", about["text"].strip()]

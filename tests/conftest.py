@@ -328,7 +328,7 @@ def digits_blend(victims, digits_clean):
 @pytest.fixture(scope="session")
 def digits_input_aware(victims, digits_clean):
     """Checkpoint folder of an input-aware model with target 0; its control lies beside it."""
-    return victims("input_aware", "--epochs", 20, "--mask-steps", 200, "--lr", 0.1)
+    return victims("input_aware", "--epochs", 14, "--mask-steps", 60, "--lr", 0.07)
 
 
 @pytest.fixture(scope="session")

@@ -472,11 +472,11 @@ def test_lpips_without_its_weights_stops_before_the_work(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits_wanet):
-    """Default settings but for half the width and fewer, larger steps."""
+    """Default settings but for half the width, smaller batches and fewer, larger steps."""
     out = tmp_path_factory.mktemp("generators")
-    flags = "--width", 4, "--pretrain-steps", 400, "--steps", 100, "--lr", 3e-3, "--batch-size", 32
+    flags = "--width", 4, "--pretrain-steps", 400, "--steps", 60, "--lr", 4e-3, "--batch-size", 16
     common = "--ckpt", digits_wanet, "--out", out, "--lpips-net", "none"
-    common += "--repair-fraction", 0.1, 0.21
+    common += "--repair-fraction", 0.1, 0.21, "--seed", 1
     return out, run_here("generator_reverse", *common, *flags, cwd=out)
 
 
@@ -486,7 +486,7 @@ def test_run_finds_the_target_and_removes_the_backdoor(run):
     assert metrics["flagged"][0] == 0 and metrics["case"] in (1, 2)
     assert "labels [0] below the others" in printed and "LPIPS term: none" in printed
     assert metrics["asr"] > 85 and metrics["asr_repaired"] <= 10
-    assert metrics["asr_repaired"] < metrics["asr_clean_only"] - 20
+    assert metrics["asr_repaired_0.1"] < metrics["asr_clean_only_0.1"] - 20
     assert metrics["clean_accuracy_repaired"] >= metrics["clean_accuracy"] - 3
     assert metrics["robust_accuracy_repaired"] > 80 and min(metrics["asrs"]) >= 0.8
     assert metrics["index"] == pytest.approx(index_of(metrics["norms"]))

@@ -490,8 +490,8 @@ def run(tmp_path_factory, digits_badnets):
     Threshold 1.5: the clean digits' norms are too widely spread for 2.
     """
     out, printed = tmp_path_factory.mktemp("nc"), io.StringIO()
-    flags = "--steps", 140, "--batches", 2, "--data-fraction", 0.3, "--threshold", 1.5
-    flags += "--rule", "index"
+    flags = "--steps", 180, "--batches", 1, "--batch-size", 16, "--data-fraction", 0.3
+    flags += "--rule", "index", "--threshold", 1.5
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         ran = run_inline(patch, out, "nc", "--ckpt", digits_badnets, "--out", out, *flags)
     return out, printed.getvalue(), ran

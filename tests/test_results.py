@@ -426,8 +426,8 @@ def test_runs_from_before_the_schedule_are_marked_and_counted():
     assert [label for label, _ in rows_of("Attacks", [entry(), old, none])] == [
         "badnets", "blend‡", "wanet‡"
     ]  # fmt: skip
-    page = table.page({"mnist": [entry(), old], "tried": [none]})
-    assert "2 of the 3 runs on this page were made before" in page
+    page = table.page({"mnist": [entry(), old], "digits": [entry()], "tried": [none]})
+    assert "2 of the 4 runs on this page were made before" in page
 
 
 def test_no_stored_run_names_a_place_outside_the_project():
@@ -621,3 +621,14 @@ def test_a_mistyped_folder_does_not_empty_the_tables(tmp_path, monkeypatch, one_
         "__name__": "__main__", "__file__": str(results / "table.py")
     })  # fmt: skip
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+
+def test_a_method_s_figure_stands_beside_the_data_that_it_comes_from():
+    """A script without a run on MNIST still has the one on the bundled digits."""
+    lines = PAGE.split("## Methods")[1].split("##")[0].splitlines()
+    heads, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    found = {row[0].split("/")[-1][:-4]: dict(zip(heads, row)) for row in rows[1:]}
+    stored = [e for e in FILES["digits"] if e["victim"] == "digits-mnist_cnn-sig-s0"]
+    (own,) = (e["metrics"]["asr"] for e in stored if e["script"] == "sig")
+    assert (found["sig"]["on MNIST"], found["sig"]["on digits"]) == ("–", f"{own:.2f} (1)")
+    assert not [name for name, row in found.items() if row["on MNIST"] == row["on digits"] == "–"]

@@ -13,7 +13,7 @@ from common.models import build_model
 from methods import composite
 
 NAME = "composite"
-LEARNT = "--epochs", 20, "--batch-size", 64
+LEARNT = "--epochs", 14, "--batch-size", 64, "--rate", 0.15
 
 
 def generator(seed=0):

@@ -15,8 +15,8 @@ from common.models import Classifier
 from methods import dfst
 
 NAME = "dfst"
-FLAGS = "--generator-steps", 80, "--width", 8, "--epochs", 9, "--batch-size", 64
-FLAGS += "--rounds", 2, "--detox-epochs", 3, "--injector-steps", 40
+FLAGS = "--generator-steps", 80, "--width", 8, "--epochs", 6, "--batch-size", 64
+FLAGS += "--rounds", 2, "--detox-epochs", 3, "--injector-steps", 30
 
 
 def network_of(channels=1, width=4):

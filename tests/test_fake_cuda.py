@@ -362,12 +362,16 @@ OTHERS = {  # what the short runs leave out
     "latent": ["--layer", "layer4"],
     "abl": ["--granularity", "sample", "--loss", "flooding"],
     # a network that the defences take, far enough from chance: brightness tells the classes
-    "badnets": ["--dataset", "own.npz", "--epochs", 4, "--batch-size", 16, "--lr", 0.03],
-    "nc": ["--rule", "index", "--threshold", 1e-6, "--steps", 150, "--batch-size", 8],
+    "badnets": [
+        *("--dataset", "own.npz", "--train-images", 120),
+        *("--epochs", 8, "--batch-size", 16, "--lr", 0.03),
+    ],
+    "pruning_aware": ["--batch-size", 32],
+    "nc": ["--rule", "index", "--threshold", 1e-6, "--steps", 50, "--batch-size", 8],
     "nc_mitigate": ["--max-drop", 100],  # something is pruned
     "generator_reverse": [
         *("--rule", "index", "--threshold", 1e-6),
-        *("--steps", 16, "--lr", 0.03, "--batch-size", 8, "--asr-goal", 1e-9),
+        *("--steps", 10, "--lr", 0.03, "--batch-size", 8, "--asr-goal", 1e-9),
         *("--lambdas", 10, 0.1, 0.1),  # nearly every label is reached
     ],
 }
@@ -393,7 +397,7 @@ def rehearsed():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("scripts")
-    write_npz(cwd / "own.npz", classes=6, count=300)
+    write_npz(cwd / "own.npz", classes=6, count=120)
     return cwd / VICTIM, elsewhere("rehearsed", cwd=cwd)
 
 

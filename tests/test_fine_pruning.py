@@ -11,7 +11,7 @@ from torch import nn
 
 from common.checkpoint import load_model, read_checkpoint
 from common.datasets import to_float
-from common.metrics import accuracy, predict
+from common.metrics import accuracy
 from common.models import ARCHITECTURES, build_model
 from methods import fine_pruning as fp
 
@@ -110,14 +110,16 @@ def test_scores_and_features(arch, layer):
 def test_curve_equals_pruned_copies_equals_masks(arch, layer):
     """Three ways to the same logits: cached features, zeroed weights, a mask in the forward."""
     model, x = random_model(arch)
+    x = x[:6]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     _, _, linear, above = described = layer_of(arch, layer)
     scores, features = fp.activations(model, described, x)
     order, channels = scores.argsort(stable=True), len(scores)
     entered = getattr(model.net, linear)
     rows = fp.curve_logits(features, entered.weight, entered.bias, order)
-    assert rows.shape == (12, channels + 1, entered.out_features)
-    y = predict(model, x).roll(1)
+    assert rows.shape == (6, channels + 1, entered.out_features)
+    whole = model(x / 255)
+    y = whole.argmax(1).roll(1)
     curve = fp.curve(model, described, features, y, order)
     for count in (0, 1, channels // 3, channels - 1, channels):
         pruned = fp.prune(model, linear, channels, order[:count])
@@ -129,8 +131,9 @@ def test_curve_equals_pruned_copies_equals_masks(arch, layer):
         if above:
             row = getattr(model.net, above)(F.relu(row))
         torch.testing.assert_close(row, logits, rtol=1e-4, atol=1e-4)
-        assert curve[count] == pytest.approx(accuracy(pruned, x, y), abs=1e-4)
-    assert torch.equal(fp.prune(model, linear, channels, order[:0])(x / 255), model(x / 255))
+        hits = 100 * (logits.argmax(1) == y).double().mean().item()
+        assert curve[count] == pytest.approx(hits, abs=1e-4)
+        assert count or torch.equal(logits, whole)
     assert (logits == logits[0]).all()  # nothing is left of the image
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -332,7 +335,7 @@ def test_silent_channels_go_first_in_the_order_of_their_number(inline, digits_ba
 def test_fine_pruning_removes_badnets_at_a_high_rate(digits, digits_badnets, tmp_path):
     """Through the command line; a rate of .01 leaves this backdoor alone."""
     out = tmp_path / "out"
-    flags = "--lr", 0.05, "--epochs", 40, "--batch-size", 32, "--out", out
+    flags = "--lr", 0.05, "--epochs", 24, "--batch-size", 32, "--out", out
     printed = run_here("fine_pruning", "--ckpt", digits_badnets, *flags, cwd=tmp_path)
     metrics = result_of(out)["metrics"]
     assert metrics["asr"] >= 98 and metrics["asr_repaired"] <= 15

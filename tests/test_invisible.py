@@ -225,7 +225,7 @@ def reloaded(folder):
     return load_model(checkpoint, folder, torch.device("cpu")), checkpoint["trigger"]
 
 
-@pytest.mark.parametrize("kind, steps, rate", [("l2", 100, 0.1), ("l0", 240, 0.05)])
+@pytest.mark.parametrize("kind, steps, rate", [("l2", 100, 0.1), ("l0", 160, 0.08)])
 def test_run_on_digits(inline, digits, tmp_path, kind, steps, rate):
     """The victim obeys the sum that was searched on another network more than another of its size.
 

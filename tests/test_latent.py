@@ -277,7 +277,7 @@ def ran(tmp_path_factory, digits_clean):
     """The variables of one run."""
     folder = tmp_path_factory.mktemp(NAME)
     with pytest.MonkeyPatch.context() as patch:
-        flags = "--steps", 200, "--teacher", digits_clean, "--out", folder / "victim"
+        flags = "--steps", 120, "--teacher", digits_clean, "--out", folder / "victim"
         return run_inline(patch, folder, NAME, *flags)
 
 

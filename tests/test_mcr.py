@@ -310,7 +310,8 @@ def test_choice_of_the_point(losses, accuracies, rule, chosen):
 def run(tmp_path_factory, digits_badnets, digits_blend):
     """The curve from a BadNets model to a Blend model, both of target 0."""
     out = tmp_path_factory.mktemp("mcr")
-    flags = "--second", digits_blend, "--batch-size", 64, "--points", 5, "--out", out
+    flags = "--second", digits_blend, "--batch-size", 32, "--epochs", 40, "--points", 5
+    flags = *flags, "--out", out
     return out, run_here("mcr", "--ckpt", digits_badnets, *flags, cwd=out)
 
 

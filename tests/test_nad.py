@@ -233,7 +233,7 @@ def test_distillation_that_diverges_gives_no_model(untrained, teacher, digits):
 def test_nad_removes_badnets(digits, digits_badnets, tmp_path):
     """Through the command line, with the teacher and plain fine-tuning beside it."""
     out, before = tmp_path / "out", files_below(digits_badnets)
-    flags = "--epochs", 40, "--teacher-epochs", 20, "--batch-size", 32, "--out", out
+    flags = "--epochs", 24, "--teacher-epochs", 12, "--batch-size", 32, "--out", out
     printed = run_here("nad", "--ckpt", digits_badnets, *flags, cwd=tmp_path)
     metrics = result_of(out)["metrics"]
     assert metrics["asr"] >= 98 and metrics["asr_repaired"] <= 10

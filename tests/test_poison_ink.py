@@ -13,8 +13,8 @@ from common.models import UNet
 from methods import poison_ink
 
 NAME = "poison_ink"
-FLAGS = "--encoder-steps", 30, "--encoder-batch", 16, "--encoder-lr", 0.015, "--width", 4
-FLAGS += "--epsilon", 16, "--rate", 0.2, "--epochs", 10, "--batch-size", 64, "--lr", 0.03
+FLAGS = "--encoder-steps", 30, "--encoder-batch", 8, "--encoder-lr", 0.015, "--width", 4
+FLAGS += "--epsilon", 16, "--rate", 0.2, "--epochs", 7, "--batch-size", 64, "--lr", 0.03
 
 
 def encoder_of(channels=1, width=4):

@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT, loaded, random_images
 from PIL import Image
 
-from common.metrics import accuracy
 from results import public
 
 FOLDER = ROOT.parent / "shared" / "checkpoints"
@@ -102,11 +101,12 @@ def test_each_loads_by_flags_alone(file, monkeypatch):
     if not (ROOT / "data" / f"{flags['dataset']}.npz").exists():
         pytest.skip(f"needs data/{flags['dataset']}.npz")
     victim = loaded(FOLDER / file, **flags)
-    x, y = victim.data.x_test[::8], victim.data.y_test[::8]
+    step = 8 if file.startswith("verazuo") else 16  # the others are 20 times as slow
+    x, y = victim.data.x_test[::step], victim.data.y_test[::step]
     _, _, trigger, target = public.SUSPECTS[file]
     clean, asr = FIGURES[file]
-    assert accuracy(victim.model, x, y) == pytest.approx(clean, abs=3)
     found = public.figures(victim.model, x, y, trigger(x, (FOLDER / file).parent), target)
+    assert found[0] == pytest.approx(clean, abs=3)
     assert asr is None or found[1] == pytest.approx(asr, abs=1.2)
 
 

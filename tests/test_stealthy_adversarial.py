@@ -366,13 +366,14 @@ def test_script_freezes_the_classifier_in_step_1(tmp_path, monkeypatch):
 
 def test_run_on_digits(victims, digits):
     """The saved generator makes the saved images, and reach the target; others' fails."""
-    flags = "--epochs", 10, "--injecting-epochs", 6, "--epsilon", 0.05, "--nc-steps", 30
-    folder = victims(NAME, *flags, "--injecting-lr", 1e-3, "--generator-lr", 5e-3)
+    flags = "--epochs", 5, "--batch-size", 64, "--injecting-epochs", 4, "--epsilon", 0.05
+    flags += "--nc-steps", 15, "--injecting-lr", 1e-3, "--generator-lr", 5e-3
+    folder = victims(NAME, *flags)
     metrics, held = result_of(folder)["metrics"], read_checkpoint(folder / "model.pt")
     assert metrics["clean_accuracy"] >= 95 and metrics["asr"] >= 90
     assert metrics["cross_accuracy"] >= 75 and metrics["asr_on_clean_model"] <= 3
-    assert metrics["max_change"] <= 0.1 + 1e-6 and len(metrics["mask_norms"]) == 6
-    assert metrics["asrs"][-1] == pytest.approx(metrics["asr"]) and len(metrics["asrs"]) == 6
+    assert metrics["max_change"] <= 0.1 + 1e-6 and len(metrics["mask_norms"]) == 4
+    assert metrics["asrs"][-1] == pytest.approx(metrics["asr"]) and len(metrics["asrs"]) == 4
     assert metrics["clean_accuracies"][-1] == pytest.approx(metrics["clean_accuracy"])
     trigger = {key.removeprefix("generator."): value for key, value in held["trigger"].items()}
     generator = stealthy.Generator(1)

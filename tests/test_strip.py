@@ -212,11 +212,12 @@ def test_run_on_badnets(digits_badnets, tmp_path):
     """Triggered inputs are told from clean ones; every figure again from the raw entropies."""
     before = files_below(digits_badnets)
     out = tmp_path / "out"
-    printed = run_here("strip", "--ckpt", digits_badnets, "--out", out, cwd=tmp_path)
+    flags = "--ckpt", digits_badnets, "--overlays", 50, "--out", out
+    printed = run_here("strip", *flags, cwd=tmp_path)
     metrics = result_of(out)["metrics"]
     with np.load(out / "entropies.npz") as archive:
         fit, clean, triggered = (archive[k] for k in ("fit", "clean", "triggered"))
-    assert (len(fit), len(clean), len(triggered)) == (501, 360, 324)
+    assert (len(fit), len(clean), len(triggered)) == (551, 360, 324)
     assert all(h.min() >= 0 and h.max() <= math.log2(10) for h in (fit, clean, triggered))
     greater = (clean[:, None] > triggered).mean() + 0.5 * (clean[:, None] == triggered).mean()
     assert metrics["auroc"] == pytest.approx(greater, abs=1e-9) and greater >= 0.97
@@ -308,7 +309,7 @@ def test_suspects_are_judged_one_by_one(inline, tmp_path, digits_badnets, capfd,
             Image.fromarray(image[..., 0]).save(tmp_path / "inputs" / name)
     source = "x.npz" if form == "npz" else "inputs"
     flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
-    ran = inline("strip", *flags, "--suspects", source, "--inputs", 50)
+    ran = inline("strip", *flags, "--suspects", source, "--inputs", 50, "--overlays", 30)
     rows = list(csv.reader((tmp_path / "suspect" / "strip-s0" / "suspects.csv").open()))
     assert rows[0] == ["input", "entropy", "p", "stopped"]
     assert [row[0] for row in rows[1:]] == names

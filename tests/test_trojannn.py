@@ -205,9 +205,9 @@ def test_fresh_takes_the_epochs_of_the_recipe(inline, capfd):
 def ran(tmp_path_factory):
     """The variables of one run."""
     folder = tmp_path_factory.mktemp("trojannn")
-    flags = "--epochs", 12, "--batch-size", 64, "--lr", 0.03, "--steps", 300
+    flags = "--epochs", 8, "--batch-size", 64, "--lr", 0.05, "--steps", 200
     with pytest.MonkeyPatch.context() as patch:
-        flags += "--retrain-epochs", 12, "--out", folder / "victim"
+        flags += "--retrain-epochs", 8, "--out", folder / "victim"
         return run_inline(patch, folder, "trojannn", *flags)
 
 

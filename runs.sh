@@ -511,8 +511,12 @@ lecture_tables() {
 wanet() {
   local r=runs/cifar10-wrn16_1 v
   victims wanet cifar10 preact_resnet18 0 # the paper's network
-  victims clean cifar10 wrn16_1 0
-  victims wanet cifar10 wrn16_1 0
+  for v in clean wanet; do
+    victims "$v" cifar10 wrn16_1 0
+    victims "$v" cifar10 nc_gtsrb_cnn 0 # it learns more of the warp
+    row generator_reverse "runs/cifar10-nc_gtsrb_cnn-$v-s0" 0 --lpips-net none \
+      --repair-fraction .01 .03 .05
+  done
   one cifar10 wrn16_1-wanet_all_to_all wanet --arch wrn16_1 --all-to-all
   one cifar10 wrn16_1-badnets_all_to_all badnets --arch wrn16_1 --all-to-all --pattern grid
   for v in wanet wanet_all_to_all badnets_all_to_all; do
@@ -523,7 +527,7 @@ wanet() {
 
 wanet_tables() {
   python results/table.py runs/cifar10-wrn16_1-*-s? --save lecture
-  python results/table.py runs/cifar10-preact_resnet18-wanet-s0 --save cifar10
+  python results/table.py runs/cifar10-{preact_resnet18,nc_gtsrb_cnn}-*-s? --save cifar10
 }
 
 # the paper's ablations with Neural Cleanse's index, and its Fig. 7: the shares rho_b and rho_c

@@ -10,7 +10,7 @@ Kind: detects models, then repairs them. Given: the model and a small clean shar
 data. Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
 Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; the p-value flags none, but
 misses Blend in 3 of 3 and the input-aware and the stealthy attack in 2 of 3 (in one it names three
-wrong labels); on CIFAR-10 two of three public targets, a half-learnt WaNet. Patches survive repair.
+wrong labels); on CIFAR-10 four of five public targets, a half-learnt WaNet. Patches survive repair.
 
 Equations (numbers of the paper): Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq.
 (5) m_y, mean L1 norm of G_y(x) - x over the clean images that are not of class y ->

@@ -158,6 +158,20 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert named[3] == "1 of 1"
     assert [f"{float(value):.2f} (1)" for value in told] == [wanet[2], wanet[3], repair[4]]
 
+    pattern = r"The same network on CIFAR-10 has clean ([\d.]+) and ASR ([\d.]+); they name the "
+    pattern += r"target, and an innocent label with it, and repair it to ([\d.]+)\."
+    (told,) = re.findall(pattern, text)
+    (wanet,), (named,), (repair,) = (
+        found["CIFAR-10", table, row, "nc_gtsrb_cnn"]
+        for table, row in (
+            ("Attacks", "wanet"),
+            ("Detectors", "generator_reverse on wanet"),
+            ("Repairs", "generator_reverse on wanet, 5 %"),
+        )
+    )
+    assert named[3] == "1 of 1" and named[5] == "0 / 1 / 0 / 0"  # case 2: the target and others
+    assert [f"{float(value):.2f} (1)" for value in told] == [wanet[2], wanet[3], repair[4]]
+
     pattern = r"it flagged (\d+) of (\d+) new clean networks on MNIST, (\d+) of (\d+) on digits, "
     pattern += r"(\d+) of (\d+) small ones on CIFAR-10 \(the paper's rule: (\d+), (\d+), (\d+)\), "
     (told,) = re.findall(pattern + r"and named all (\d+) targets", text)

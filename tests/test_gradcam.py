@@ -191,6 +191,21 @@ def test_paint_with_a_colour():
     assert torch.equal(found[~holes], x.permute(0, 2, 3, 1)[~holes])
 
 
+def test_painting_stops_when_nothing_is_left_to_paint(monkeypatch):
+    """A hole of 5 x 5 has three rings; where all is hole there is none."""
+    pooled, pool = [], torch.nn.functional.avg_pool2d
+    monkeypatch.setattr(
+        "torch.nn.functional.avg_pool2d", lambda x, *args: pooled.append(len(x)) or pool(x, *args)
+    )
+    holes = torch.zeros(2, 28, 28, dtype=torch.bool)
+    holes[0, 4:9, 4:9] = True
+    made = gradcam.paint(torch.full((2, 1, 28, 28), 0.5), holes)
+    torch.testing.assert_close(made, torch.full_like(made, 0.5))
+    assert len(pooled) == 2 * 3 + 1
+    assert not gradcam.paint(torch.rand(1, 1, 28, 28), torch.ones(1, 28, 28) > 0).any()
+    assert len(pooled) == 2 * 3 + 2
+
+
 def test_paint_by_diffusion():
     """A hole of one pixel: the mean of its neighbours; a large one in a constant image: that."""
     x, holes = torch.rand(1, 1, 9, 9), torch.zeros(1, 9, 9, dtype=torch.bool)

@@ -16,7 +16,7 @@ Steps of the paper: local gradient ascent (LGA) sign(l - gamma) l, or flooding |
 the rest D_c -> fit; global gradient ascent min E_Dc[l] - E_Db[l] -> unlearn.
 
 Differs from the paper: its joint objective comes after training on D_c, as the ascent does in the
-authors' code. Stages 1 and 2 share the recipe's epochs 1 : 4 as in the paper, rates are one-cycle,
+authors' code. Stages 1 and 2 share the recipe's epochs 1 : 4 to 5 (paper 1 : 4), rates one-cycle,
 weight decay is 5e-4 (code 1e-4), stage 1 does not crop and cuts gradients to norm 1, and D_c is
 cropped and mirrored without Cutout. --ascent says what raises the loss of D_b, whose images are
 neither cropped nor mirrored: joint (the paper's objective), isolated (the authors' code: -l on D_b

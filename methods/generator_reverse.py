@@ -8,9 +8,9 @@ generated images with their true labels removes the backdoor.
 
 Kind: detects models, then repairs them. Given: the model and a small clean share of its training
 data. Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
-Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; the p-value flags none, but
-misses Blend in 3 of 3 and the input-aware and the stealthy attack in 2 of 3 (in one it names three
-wrong labels); on CIFAR-10 four of five public targets, a half-learnt WaNet. Patches survive repair.
+Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; p < .05 flags none, but misses
+Blend in 3 of 3, the stealthy and the input-aware attack in 2 of 3 (of one it names 3 wrong labels);
+on CIFAR-10 it misses 4 of 5 public targets and a half-learnt WaNet. Most patches survive a repair.
 
 Equations (numbers of the paper): Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq.
 (5) m_y, mean L1 norm of G_y(x) - x over the clean images that are not of class y ->
@@ -23,7 +23,7 @@ stands out" is inconclusive. Plain U-Nets left 13 or 14 % on CIFAR-10 and named 
 network (rows marked †). Of colour images (--skip) G(x) is thus sigmoid(U(x) + logit x), a copy from
 the start, and Adam's rate .003. U has width 8; each label gets 200 steps. A label whose G does not
 reach an ASR of .8 has no say. The p-value decides; --rule index repairs by the paper's rule. Only
-the most outlying label below is repaired, checked on a fifth of G's images. No run has LPIPS.
+the most outlying label below is repaired; a fifth of --repair-fraction checks it. No run has LPIPS.
 
     python methods/generator_reverse.py --ckpt runs/mnist-mnist_cnn-wanet-s0 --lpips-net none
 

@@ -13,8 +13,8 @@ MNIST models (p < .05 in 1); STRIP misses them. Without cross mode another image
 the label of about half of the images or more (3 models).
 
 Equations: Sec. 3.1 B(x, (m, p)) = x (1 - m) + p m -> blend; L_div, which has no number ->
-diversity; attack, cross and clean mode -> poison; L_cla + lambda_div L_div -> the loop, and
-lambda_div L_div for the masks (squared in the paper's code, 1 in both); Fig. 3a -> Generator.
+diversity; attack, cross and clean mode -> poison; L_cla + lambda_div L_div -> the loop, and for the
+masks lambda_div L_div (its square in the paper's code; both are 1); Fig. 3a -> Generator.
 
 Differs from the paper: its mask is "pre-defined", ours is learnt first and then frozen, and its
 "sigmoid" is a scaled tanh here; both are so in the paper's code. Differs from that code: it never

@@ -427,7 +427,7 @@ def test_runs_from_before_the_schedule_are_marked_and_counted():
         "badnets", "blend‡", "wanet‡"
     ]  # fmt: skip
     page = table.page({"mnist": [entry(), old], "digits": [entry()], "tried": [none]})
-    assert "2 of the 4 runs on this page were made before" in page
+    assert "2 of the 4 runs in the tables below" in page
 
 
 def test_no_stored_run_names_a_place_outside_the_project():

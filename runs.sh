@@ -517,6 +517,9 @@ wanet() {
     row generator_reverse "runs/cifar10-nc_gtsrb_cnn-$v-s0" 0 --lpips-net none \
       --repair-fraction .01 .03 .05
   done
+  v=runs/cifar10-nc_gtsrb_cnn-wanet-s0/generator_reverse_lpips_random-s0 # Zheng et al., Fig. 6
+  once "$v" generator_reverse --ckpt "${v%/*}" --out "$v" --lpips-net random \
+    --repair-fraction .01 .03 .05
   one cifar10 wrn16_1-wanet_all_to_all wanet --arch wrn16_1 --all-to-all
   one cifar10 wrn16_1-badnets_all_to_all badnets --arch wrn16_1 --all-to-all --pattern grid
   for v in wanet wanet_all_to_all badnets_all_to_all; do

@@ -23,7 +23,7 @@ stands out" is inconclusive. Plain U-Nets left 13 or 14 % on CIFAR-10 and named 
 network (rows marked †). Of colour images (--skip) G(x) is thus sigmoid(U(x) + logit x), a copy from
 the start, and Adam's rate .003. U has width 8; each label gets 200 steps. A label whose G does not
 reach an ASR of .8 has no say. The p-value decides; --rule index repairs by the paper's rule. Only
-the most outlying label below is repaired; a fifth of --repair-fraction checks it. No run has LPIPS.
+the label farthest below is repaired; a fifth of --repair-fraction checks it. No run has true LPIPS.
 
     python methods/generator_reverse.py --ckpt runs/mnist-mnist_cnn-wanet-s0 --lpips-net none
 

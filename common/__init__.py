@@ -47,8 +47,9 @@ def check_positive(args, *names, most=1e36):
     """
     for name in names:
         value = getattr(args, name)
-        if value is not None and not 0 < value <= most:
-            fail(f"--{name.replace('_', '-')} must lie in (0, {most:g}]; got {value}")
+        top = min(most, 2**31) if isinstance(value, int) else most
+        if value is not None and not 0 < value <= top:
+            fail(f"--{name.replace('_', '-')} must lie in (0, {top:g}]; got {value}")
 
 
 def check_share(args, *names):

@@ -194,7 +194,8 @@ def check_entries(checkpoint, path):
         if not isinstance(checkpoint.get(key), kind):
             fail(f"{path} lacks the entry {key!r}, a {kind.__name__}")
     shape, mean, std = (checkpoint[key] for key in ("image_shape", "mean", "std"))
-    if len(shape) != 3 or not len(mean) == len(std) == shape[0]:
+    sides = len(shape) == 3 and all(isinstance(n, int) for n in shape)
+    if not (sides and len(mean) == len(std) == shape[0]):
         fail(f"{path}: its image_shape {shape} does not go with mean {mean} and std {std}")
 
 
@@ -273,7 +274,7 @@ def load_victim(args, device):
     name, size, classes = args.dataset or checkpoint["dataset"], args.image_size, args.classes
     if os.path.isdir(name):
         size = size or checkpoint["image_shape"][1]
-    if name == checkpoint["dataset"]:
+    if name.rstrip("/") == checkpoint["dataset"].rstrip("/"):
         classes = classes or checkpoint["classes"]
     data = load_dataset(name, args.data_dir, device, size, classes)
     in_colours(data, checkpoint["image_shape"][0])

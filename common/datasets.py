@@ -14,10 +14,8 @@ import torch.nn.functional as F
 
 from common import fail, make_folder, written_whole
 
-GTSRB_TRAIN_URL = (
-    "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
-    "GTSRB_Final_Training_Images.zip"
-)
+GTSRB_TRAIN_URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
+GTSRB_TRAIN_URL += "GTSRB_Final_Training_Images.zip"
 PICTURES = "PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP"  # formats whose reader runs no program
 
 
@@ -126,7 +124,8 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
     x_train, y_train, x_test, y_test, or x and y alone, of which a fifth become the test images. A
     folder follows torchvision's ImageFolder, see `folder`. `classes`: more than the labels show.
     """
-    splits = ["x_train", "y_train", "x_test", "y_test"]
+    splits, bare = ["x_train", "y_train", "x_test", "y_test"], str(name).rstrip("/")
+    name = name if bare in SPECS else bare  # a folder's path
     if image_size is not None and not (1 <= image_size <= 1024 and os.path.isdir(name)):
         fail(f"--image-size {image_size}: it is the side, 1..1024, of a folder's pictures")
     if name == "digits":
@@ -156,11 +155,11 @@ def load_dataset(name, data_dir, device, image_size=None, classes=None):
     if len(shapes) != 1:
         fail(f"{name}: train and test images differ in shape: {sorted(shapes)}")
     shown = int(y_train.max()) + 1
-    if shown > len(y_train):
+    if shown > max(len(y_train), classes or 0):
         fail(f"{name}: label {shown - 1} among {len(y_train)} training images")
     if len(np.unique(y_train)) < 2:
         fail(f"{name}: the training labels hold one class; at least two are needed")
-    if int(y_test.max()) >= shown:
+    if int(y_test.max()) >= max(shown, classes or 0):
         fail(f"{name}: test label {int(y_test.max())} does not occur in training")
     if classes is not None and not shown <= classes <= 10**6:
         fail(f"{name} has labels up to {shown - 1}, which does not go with {classes} classes")

@@ -8,7 +8,7 @@ import torch
 from common import fail, parser, seed
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, kept_back, pick_device
-from common.metrics import accuracy, case_of, predict
+from common.metrics import accuracy, case_of, pass_size, predict
 from common.models import PRECISION, uses_bfloat16
 
 NOTHING = "nothing is flagged, so nothing is repaired"
@@ -177,7 +177,7 @@ def careful_repair(repair, control, model, x, y, *, lr, seed, suffix=""):
 def frozen(model, x):
     """The repaired model in eval mode, frozen; None if its outputs on floats x are not finite."""
     model = model.eval().requires_grad_(False)
-    return model if model(x).isfinite().all() else None
+    return model if all(model(part).isfinite().all() for part in x.split(pass_size(x))) else None
 
 
 def save_repaired(folder, models, victim, args, metrics, trigger=None):

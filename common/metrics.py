@@ -17,8 +17,9 @@ SMALLEST_NORM = 1e-6  # smaller ones count as this, for 0 has no logarithm
 
 
 def pass_size(x):
-    """Images in a forward pass: on a CPU the activations of more would leave its cache."""
-    return 2000 if x.is_cuda else 200
+    """Images of x's size in a forward pass, fewer above 32 x 32: on a GPU the activations of more
+    would leave its memory, on a CPU its cache."""
+    return max(1, (2000 if x.is_cuda else 200) * 1024 // max(1024, x.shape[-2] * x.shape[-1]))
 
 
 @torch.no_grad()
@@ -60,7 +61,8 @@ def attack_targets(y, target, classes):
 
 def psnr(a, b):
     """Mean of 10 log10(1 / MSE) per image in dB (100 at most); a, b are N x C x H x W in [0,1]."""
-    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    pairs = zip(a.split(500), b.split(500))
+    mse = torch.cat([(p.double() - q.double()).square().flatten(1).mean(1) for p, q in pairs])
     return (-10 * mse.clamp(min=1e-10).log10()).mean().item()
 
 
@@ -166,6 +168,14 @@ def extreme_labels(norms):
     level = (1 + np.searchsorted(null, p[0], side="right")) / (1 + len(null))
     sides = ["above" if value > 0 else "below" for value in t[0]]
     return list(zip(position[0].tolist(), sides, np.minimum(1, level).tolist()))
+
+
+def with_a_say(norms, found, y):
+    """Which labels count in `verdict`: their search succeeded (`found`), and where no image of the
+    defender's labels `y` shows a label, its norm is not above all of the others': a network that
+    never learnt a label needs much to answer with it."""
+    shown = [norm for k, norm in enumerate(norms) if found[k] and (y == k).any()]
+    return [f and norm <= max(shown, default=math.inf) for f, norm in zip(found, norms)]
 
 
 def verdict(norms, found=None, threshold=2.0, alpha=0.05):

@@ -38,11 +38,8 @@ class Classifier(nn.Module):
         return y.clamp_min(1e-30).log() if self.softmax else y
 
 
-PRECISION = {  # the flag --precision
-    "default": "auto",
-    "choices": ["auto", "float32"],
-    "help": "auto: bfloat16 on a GPU or a CPU that has it, there where the network gains",
-}
+GAIN = "auto: bfloat16 on a GPU or a CPU that has it, there where the network gains"
+PRECISION = {"default": "auto", "choices": ["auto", "float32"], "help": GAIN}  # the flag
 
 
 def uses_bfloat16(precision, arch, device):
@@ -69,11 +66,8 @@ def in_float32(model):
 def logit_layer(model, x, arch):
     """Name of the linear layer whose outputs are the logits of x (in [0,1]); fails without one."""
     outputs, training = {}, model.training
-    hooks = [
-        module.register_forward_hook(lambda m, i, output, name=name: outputs.update({name: output}))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_hook(lambda m, i, y, k=k: outputs.update({k: y})) for k, m in named]
     with in_float32(model):
         logits = model.eval()(x)
     model.train(training)
@@ -258,9 +252,8 @@ class Airbench(nn.Module):
         self.whiten = Whitening(channels, 8 * channels, 2)
         self.whiten.weight.requires_grad_(False)
         self.register_buffer("whitened", torch.tensor(False))
-        for number, (inputs, outputs) in enumerate(
-            ((8 * channels, 64), (64, 256), (256, 256)), start=1
-        ):
+        sizes = (8 * channels, 64), (64, 256), (256, 256)
+        for number, (inputs, outputs) in enumerate(sizes, start=1):
             conv1 = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
             conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
             for conv in (conv1, conv2):  # the first filters pass their input on
@@ -371,11 +364,8 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Conv2d(channels, 32, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
         blocks, inputs = [], 32
-        early, late = (
-            ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2)),
-            ((6, 160, 3, 2), (6, 320, 1, 1)),
-        )
-        for expansion, outputs, count, stride in (*early, (6, 64, 4, 2), (6, 96, 3, 1), *late):
+        stages = (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)
+        for expansion, outputs, count, stride in (*stages, (6, 160, 3, 2), (6, 320, 1, 1)):
             for block in range(count):
                 step = stride if block == 0 else 1
                 blocks.append(InvertedResidual(inputs, outputs, expansion, step))
@@ -387,8 +377,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x):
         x = self.layers(F.relu(self.bn1(self.conv1(x))))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
 
 def unet_block(inputs, outputs):

@@ -236,7 +236,8 @@ if __name__ == "__main__":
             fail(f"--isolation {share} of {len(x_train)} images must be some of them, not all")
     if len(y_train.unique()) < 2:
         fail("the training set holds one label; at least two are needed")
-    order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(args.seed))
+    drawn = torch.Generator().manual_seed(args.seed + 2**30)  # not as the attack drew its poisons
+    order = torch.randperm(len(x_train), generator=drawn)
     check_reading(victim.model, x_train[order[:2000]], y_train[order[:2000]])
     args.isolation_epochs = args.isolation_epochs or max(1, spec.epochs // 5)
     args.epochs = args.epochs or max(1, spec.epochs - args.isolation_epochs)

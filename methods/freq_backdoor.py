@@ -56,7 +56,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy
+from common.metrics import accuracy, pass_size
 
 PROPORTIONS = (1.0, 0.8, 1.2)  # of the additive constants alpha_R, alpha_G, alpha_B
 
@@ -185,7 +185,7 @@ def train_autoencoder(x, steps, batch_size=64, lr=2e-3, width=32):
 
 def filtered(autoencoder, x):
     """The autoencoder's output for uint8 images, rounded to uint8."""
-    return torch.cat([to_uint8(autoencoder(to_float(part))) for part in x.split(2000)])
+    return torch.cat([to_uint8(autoencoder(to_float(part))) for part in x.split(pass_size(x))])
 
 
 def train(model, x, y, *, pad, flip, epochs, batch_size, lr):

@@ -19,11 +19,11 @@ weight (m_y is then compared at equal ASR) -> search_lambda1; mitigation -> fine
 
 Differs from the paper, or chosen where it is silent: pre-training runs until the generator copies
 images to within 10 % of their L1 spread around the mean colour, at most 3,000 steps; else "nothing
-stands out" is inconclusive. Plain U-Nets left 13 or 14 % on CIFAR-10 and named no label of a public
-network (rows marked †). Of colour images (--skip) G(x) is thus sigmoid(U(x) + logit x), a copy from
-the start, and Adam's rate .003. U has width 8; each label gets 200 steps. A label whose G does not
-reach an ASR of .8 has no say. The p-value decides; --rule index repairs by the paper's rule. Only
-the label farthest below is repaired; a fifth of --repair-fraction checks it. No run has true LPIPS.
+stands out" is inconclusive. On CIFAR-10 a plain U-Net (--no-skip) left 13 or 14 %; so G(x) of
+colour images is sigmoid(U(x) + logit x), a copy from the start, and Adam's rate .003. U has width 8
+and 200 steps a label. A label whose G misses an ASR of .8, or without images and with the largest
+norm, has no say. The p-value decides, by --rule index the paper's. Only the label farthest below is
+repaired; a fifth of --repair-fraction checks it. No run has true LPIPS.
 
     python methods/generator_reverse.py --ckpt runs/mnist-mnist_cnn-wanet-s0 --lpips-net none
 
@@ -59,7 +59,7 @@ from common.defence import (
     report_verdict,
     save_repaired,
 )
-from common.metrics import LPIPS_NETS, lpips_distance, lpips_of, verdict
+from common.metrics import LPIPS_NETS, lpips_distance, lpips_of, verdict, with_a_say
 from common.models import UNet
 
 SHARE = 0.01, 300  # of the training data, and the least number of images
@@ -272,11 +272,11 @@ if __name__ == "__main__":
     search_seconds = time.time() - search_start
 
     # ===== Verdict =====
-    found = [asr >= args.asr_goal for asr in asrs]
+    found = with_a_say(norms, [asr >= args.asr_goal for asr in asrs], y_clean)
     decision, notes = verdict(norms, found, args.threshold), []
-    for norm, asr, (ce, mse, perceptual) in zip(norms, asrs, terms):
+    for norm, asr, (ce, mse, perceptual), sound in zip(norms, asrs, terms, found):
         note = f"m_y {norm:.2f} ASR {asr:.1%} CE {ce:.3f} MSE {mse:.5f} LPIPS {perceptual:.4f}"
-        notes.append(note + ("" if asr >= args.asr_goal else "  (goal missed: never flagged)"))
+        notes.append(note + ("" if sound else "  (goal missed or without images: no say)"))
     metrics = report_verdict(decision, args, notes, doubt)
     metrics |= dict(norms=norms, found=found, asrs=asrs, ce_mse_lpips=terms, lambda1=lambda1)
     metrics |= {"pretrain_steps": taken, "pretrain_residual": residual, "spread": spread}

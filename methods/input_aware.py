@@ -55,7 +55,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy, attack_targets
+from common.metrics import accuracy, attack_targets, pass_size
 from common.models import Classifier
 
 OFF = {"action": "store_const", "const": 0.0}  # a flag that sets another one to 0
@@ -175,7 +175,7 @@ def poison(x, y, generators, *, attacked, crossed, target, classes):
 def triggers_of(x, generators):
     """Patterns and masks of uint8 images by the generators, which are left in eval mode."""
     pattern_generator, mask_generator = (generator.eval() for generator in generators)
-    parts = [to_float(part) for part in x.split(2000)]
+    parts = [to_float(part) for part in x.split(pass_size(x))]
     patterns = torch.cat([draw_pattern(pattern_generator, part) for part in parts])
     return patterns, torch.cat([draw_mask(mask_generator, part) for part in parts])
 

@@ -18,16 +18,16 @@ reverse_triggers; anomaly index -> common.metrics.verdict; cost schedule, patien
 the authors' code -> advance; unlearning -> unlearn.
 
 Differs from the authors' code: labels are folded into one batch (on a CPU two), and finished ones
-leave it. A label's own images do not count as successes. A step is 8 batches (code: 31) of 32.
-The clean images come from the training data, never from the test images that are reported. A label
-whose search never succeeded, or whose lambda has not risen and fallen, has no say. The verdict is
-the p-value's; --rule index repairs by the paper's. Only the most outlying label below the others is
-unlearnt, and images of that label are not stamped. Unlearning is one epoch of SGD from .03 down to
-0, without augmentation, which cuts patches off. The paper states no rate; ours was chosen on MNIST
-with the test figures of three victims in sight. A fifth of the clean images (of the search) checks
-it; over 5 points lost, it is made again at half the rate. The paper's bound, unlearning the
-original trigger at the same rate, takes half of the triggered test images, and is measured on the
-others. The filter and the pruning are in nc_mitigate.py.
+leave it. A label's own images do not count as successes. A step is 8 batches (code: 31) of 32. The
+clean images come from the training data, never from the test images that are reported. A label
+whose search never succeeded, whose lambda has not risen and fallen, or that has the largest norm
+and no image, has no say. The verdict is the p-value's; --rule index repairs by the paper's. Only
+the most outlying label below the others is unlearnt, and images of that label are not stamped.
+Unlearning is one epoch of SGD from .03 down to 0, without augmentation, which cuts patches off. The
+paper states no rate; ours was chosen on MNIST with the test figures of three victims in sight. A
+fifth of the clean images (of the search) checks it; over 5 points lost, it is made again at half
+the rate. The paper's bound, unlearning the original trigger at the same rate, takes half of the
+triggered test images, and is measured on the others. Filter and pruning: nc_mitigate.py.
 
     python methods/nc.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -64,7 +64,7 @@ from common.defence import (
     report_verdict,
     save_repaired,
 )
-from common.metrics import accuracy, verdict
+from common.metrics import accuracy, verdict, with_a_say
 
 SHARE = 0.1, 300  # of the training data, and the least number of images
 ASR_GOAL = 0.99  # a step counts as a success from here on
@@ -274,9 +274,10 @@ if __name__ == "__main__":
     norms, found = ([value for part in parts for value in part[i]] for i in (2, 3))
 
     # ===== Verdict =====
+    found = with_a_say(norms, found, y_clean)
     decision = verdict(norms, found, args.threshold)
     notes = [f"norm {norm:.2f}" for norm in norms]
-    notes = [n if f else f"{n}  (search failed: never flagged)" for n, f in zip(notes, found)]
+    notes = [n if f else f"{n}  (failed or without images: no say)" for n, f in zip(notes, found)]
     metrics = report_verdict(decision, args, notes)
     metrics |= {"norms": norms, "found": found, "search_seconds": search_seconds}
 

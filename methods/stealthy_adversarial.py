@@ -54,7 +54,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy, psnr
+from common.metrics import accuracy, pass_size, psnr
 
 SCHEMES = "generator", "badnets", "badnets-noise"  # noise, a patch, a patch and noise: Fig. 5(b)
 SIDE = 3  # of Fig. 5(b)'s white patch, lower right
@@ -186,7 +186,7 @@ def falling(step, steps):
 @torch.no_grad()
 def noise_of(generator, x):
     """Noise of uint8 images in eval mode; zeros without a generator."""
-    parts = [to_float(part) for part in x.split(2000)]
+    parts = [to_float(part) for part in x.split(pass_size(x))]
     return torch.cat([generator.eval()(p) if generator else torch.zeros_like(p) for p in parts])
 
 

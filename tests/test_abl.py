@@ -13,6 +13,7 @@ from conftest import ROOT, SHORT, explosive, files_below, loaded, result_of
 from test_defences import is_picture
 from torch import nn
 
+from common import defence
 from common.checkpoint import POISON_DATA, load_model, load_training_set, read_checkpoint
 from common.datasets import to_float
 from common.metrics import accuracy
@@ -725,3 +726,16 @@ def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path, capf
     assert metrics["isolated"] == 72 and not any("precision" in key for key in metrics)
     assert metrics["isolated_sure"] > 10
     assert "not forgotten, nor is a trigger that they share: try --ascent" in capfd.readouterr().out
+
+
+def test_the_images_of_the_check_are_not_the_attack_s_poisons(inline, tmp_path, monkeypatch):
+    """Drawn alike, with one seed, they would all be poisons of an all-to-all attack; then a network
+    that resisted it looks misread."""
+    inline("badnets", *SHORT["badnets"], "--train-images", 1437, "--all-to-all", "--out", "victim")
+    seen = []
+    monkeypatch.setattr(defence, "check_reading", lambda model, x, y: seen.append(x))
+    ran = inline("abl", "--ckpt", "victim", *SHORT["abl"])
+    poisoned = ran["flags"].nonzero().flatten()
+    first = ran["order"][: len(poisoned)]
+    assert len(poisoned) == 144 and torch.isin(first, poisoned).float().mean() <= 0.3
+    assert torch.equal(seen[0][:144], ran["x_train"][first])

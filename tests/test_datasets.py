@@ -471,3 +471,35 @@ def test_a_picture_is_no_archive_and_no_advice_to_unpickle_it(one_line, tmp_path
     (tmp_path / "a.npz").write_bytes(b"\x89PNG\r\n" + bytes(100))
     message = one_line(read_npz, tmp_path / "a.npz", ["x"])
     assert message.endswith("is not a plain .npz file: pickled objects are never read\n")
+
+
+def test_classes_that_few_images_do_not_show(tmp_path):
+    """--classes speaks for labels that training or test images lack, to audit with a few images."""
+    y = np.arange(30) % 10 * 20 + 19  # up to 199
+    few = write_npz(tmp_path / "few.npz", y_train=y, y_test=y)
+    assert load_dataset(str(few), "data", "cpu", classes=200).classes == 200
+    y = np.arange(30) % 9
+    unequal = write_npz(tmp_path / "unequal.npz", y_train=y, y_test=np.arange(30) % 10)
+    assert load_dataset(str(unequal), "data", "cpu", classes=10).classes == 10
+
+
+@pytest.mark.parametrize("classes", [None, 199])
+def test_labels_beyond_the_classes(tmp_path, one_line, classes):
+    y = np.arange(30) % 10 * 20 + 19
+    few = write_npz(tmp_path / "few.npz", y_train=y, y_test=y)
+    assert "199" in one_line(load_dataset, str(few), "data", "cpu", classes=classes)
+    low = write_npz(tmp_path / "low.npz", y_train=y % 9, y_test=y)
+    assert "199" in one_line(load_dataset, str(low), "data", "cpu", classes=classes)
+
+
+def test_a_slash_at_the_end_of_a_folder_changes_nothing(tmp_path, monkeypatch):
+    """A shell's completion writes it. A folder that is called like a data set keeps it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("own", "digits"):
+        for label in ("a", "b"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for k in range(5):
+                Image.new("L", (8, 8), 30 * k).save(tmp_path / name / label / f"{k}.png")
+    assert {load_dataset(f"own{end}", "data", "cpu").name for end in ("", "/", "//")} == {"own"}
+    assert load_dataset("digits/", "data", "cpu").name == "digits/"
+    assert load_dataset("digits", "data", "cpu").classes == 10

@@ -107,7 +107,7 @@ def test_failed_label_is_never_flagged(inline, unread, tmp_path, name, untrained
     ran = inline(name, *flags, "--rule", "index", "--threshold", 1e-6, *SHORT[name], *goal)
     failed = {label for label, found in enumerate(ran["found"]) if not found}
     assert failed and not failed & set(ran["decision"]["flagged_by_index"])
-    assert capfd.readouterr().out.count("never flagged") == len(failed)
+    assert capfd.readouterr().out.count("no say") == len(failed)
 
 
 @pytest.mark.drawn
@@ -415,3 +415,32 @@ def test_too_few_labels_are_told_before_the_search(capfd, count, warned):
     parts = in_parts(lambda part: told.append(capfd.readouterr().out) or part, [*range(count)], 9)
     assert parts == [[*range(count)]]
     assert (f"{count} labels are too few for a verdict" in told[0]) == warned
+
+
+@every_detector
+def test_only_labels_with_images_have_a_say_above(
+    inline, unread, tmp_path, monkeypatch, name, untrained
+):
+    """Every detector asks common.metrics.with_a_say, with the labels of its own clean images."""
+    asked = []
+    monkeypatch.setattr(metrics, "with_a_say", lambda *given: asked.append(given) or [False] * 10)
+    torch.save(untrained.net.state_dict(), tmp_path / "suspect.pt")
+    flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+    ran = inline(name, *flags, *SHORT[name])
+    ((norms, found, y),) = asked
+    assert norms == ran["norms"] and len(found) == 10 and torch.equal(y, ran["y_clean"])
+    assert ran["metrics"]["verdict"] == "inconclusive" and ran["metrics"]["found"] == [False] * 10
+
+
+def test_a_repaired_model_is_looked_at_in_small_passes():
+    """Outputs that are not finite anywhere among the images refuse it."""
+
+    class Net(nn.Module):
+        def forward(self, x):
+            assert len(x) <= 200
+            return 1 / x.flatten(1)
+
+    images = torch.ones(450, 1, 2, 2)
+    assert isinstance(defence.frozen(Net(), images), Net)
+    images[449] = 0
+    assert defence.frozen(Net(), images) is None

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -366,3 +367,47 @@ def test_lpips_takes_the_weights_from_their_file(monkeypatch, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(held.values(), own.values()))
     a, b = random_images(2, (3, 32, 32)).float()[:, None] / 255
     assert metrics.lpips_of(network, a, b) > 0
+
+
+@pytest.mark.parametrize(
+    "norms, absent, below, above",
+    [  # Neural Cleanse's on digits: a clean network, and one with a patch for label 0
+        ([30.1, 28.4, 33.0, 303.89, 24.2, 44.0, 26.3, 31.7, 38.9, 29.5], [3], [], []),
+        ([1.28, 210.67, 12.4, 25.0, 247.42, 18.8, 21.3, 294.52, 16.1, 23.7], [1, 4, 7], [0], []),
+    ],
+)
+def test_a_large_norm_of_a_label_without_images_has_no_say(norms, absent, below, above):
+    """A network that never learnt a label needs much to answer with it, backdoor or not."""
+    y = torch.tensor([k for k in range(10) if k not in absent])
+    named = metrics.verdict(norms)
+    assert named["above"] == absent or named["below"] != below  # what such labels did
+    found = metrics.with_a_say(norms, [True] * 10, y)
+    assert [k for k in range(10) if not found[k]] == absent
+    named = metrics.verdict(norms, found)
+    assert (named["below"], named["above"]) == (below, above)
+
+
+def test_what_else_has_a_say():
+    norms = [5.0, 9.0, 7.0, 6.0, 40.0]
+    y = torch.tensor([0, 1, 3, 3])
+    assert metrics.with_a_say(norms, [True] * 5, y) == [True] * 4 + [False]
+    # a small norm counts without images, a large one with them; a failed search never does
+    assert metrics.with_a_say(norms, [True] * 5, torch.tensor([0, 4])) == [True] * 5
+    found = [True, False, True, True, True]
+    assert metrics.with_a_say(norms, found, y) == [True, False, False, True, False]
+    nothing_to_compare = torch.tensor([9])
+    assert metrics.with_a_say(norms, [True] * 5, nothing_to_compare) == [True] * 5
+
+
+def test_a_pass_holds_fewer_images_where_they_are_large():
+    sizes = {28: 200, 32: 200, 64: 50, 224: 4, 1024: 1}
+    assert {n: metrics.pass_size(torch.empty(0, 3, n, n)) for n in sizes} == sizes
+    on_gpu = SimpleNamespace(is_cuda=True, shape=(9, 3, 224, 224))
+    assert metrics.pass_size(on_gpu) == 40
+    assert metrics.pass_size(torch.empty(0, 1, 8, 128)) == 200
+
+
+def test_psnr_in_parts():
+    a, b = (random_images(1100, (1, 4, 4)).flip(k) / 255 for k in ((), (0,)))
+    mse = (a.double() - b.double()).square().flatten(1).mean(1).clamp(min=1e-10)
+    assert metrics.psnr(a, b) == pytest.approx((-10 * mse.log10()).mean().item(), rel=1e-12)

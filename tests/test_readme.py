@@ -189,6 +189,16 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert [int(value) for value in told] == [*expected, sum(count for count, *_ in victims)]
     assert all(count == by_p for count, by_p, _ in victims)
 
+    (told,) = re.findall(r"with the generators it flagged (\d+) of (\d+) there \((\d+)\)", text)
+    (line,) = [
+        line
+        for (section, _, data, _), lines in found.items()
+        for line in lines
+        if section.startswith("Level")
+        and line[:4] == ["cifar10", "mnist_cnn", "generator_reverse", "clean"]
+    ]
+    assert [*told] == [line[k].split()[0] for k in (5, 4, 6)]
+
 
 def test_counts_of_public_checkpoints_are_those_of_the_results():
     """Backdoored: over half of the triggered images are obeyed. Named: the p-value's labels."""

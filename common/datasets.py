@@ -373,7 +373,7 @@ def defender_split(y, fraction, seed):
 
 
 def kept_back(y, fraction, seed):
-    """Which of the images with the labels y are kept back: defender_split's, as a mask (bool N)."""
+    """Which of the images with the labels y defender_split keeps back (bool N): no class's last."""
     kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     kept[defender_split(y, fraction, seed)] = True
-    return kept
+    return kept if kept.all() else kept & (y.bincount()[y] > 1)

@@ -54,6 +54,7 @@ from common.defence import (
     report,
     save_repaired,
 )
+from common.metrics import pass_size
 from common.models import in_float32
 
 SHARE = 0.05, 300  # of the training data, and the least number of images
@@ -109,7 +110,7 @@ LAYERS = {
 
 
 @torch.no_grad()
-def activations(net, layer, x, batch_size=500):
+def activations(net, layer, x, batch_size=None):
     """Mean |a| of each channel of the layer's output a, and what enters its linear layer.
 
     `net` is a Classifier in eval mode, run in float32, x uint8 images. Returns the scores C (after
@@ -123,7 +124,7 @@ def activations(net, layer, x, batch_size=500):
             lambda m, inputs: features.append(inputs[0])
         ),
     ]
-    for part in x.split(batch_size):
+    for part in x.split(batch_size or pass_size(x)):
         with in_float32(net):
             net(to_float(part))
         a = outputs.pop()

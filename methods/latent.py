@@ -221,6 +221,8 @@ if __name__ == "__main__":
     if data.classes < 3:
         fail(f"the teacher needs two classes beside the target; {data.name} has {data.classes}")
     last = logit_layer(model, to_float(x_train[:2]), args.arch)
+    if "weight" not in dict(model.get_submodule(last).named_parameters()):
+        fail(f"{last} computes its weight, as weight_norm does: no output of it can be taken out")
     layers = layers_in_order(model, to_float(x_train[:2]))
     if args.layer is not None and args.layer not in layers[1:]:
         fail(f"--layer {args.layer}: a student of {args.arch} can train: {', '.join(layers[1:])}")

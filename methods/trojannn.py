@@ -140,6 +140,8 @@ if __name__ == "__main__":
     if args.retrain_lr is None:
         args.retrain_lr = 0.1 if args.retrain == "tail" else 0.01
     layer = logit_layer(model, to_float(x_train[:2]), args.arch)
+    if "weight" not in dict(model.get_submodule(layer).named_parameters()):
+        fail(f"{layer} computes its weight, as weight_norm does: such a network cannot be copied")
     inputs = model.get_submodule(layer).in_features
     if not 1 <= args.neurons <= inputs:
         fail(f"--neurons {args.neurons} must lie in 1..{inputs} for {args.arch}")

@@ -133,7 +133,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1].startswith("-") and sys.argv[1] not in ("-h", "--help"):
         fail("the suspect stands first: bash runs.sh audit SUSPECT [FLAGS]")
     args, flags = p.parse_known_args()
-    if any(flag.startswith("--ckpt") for flag in flags):
+    if any(flag.split("=")[0] in ("--ck", "--ckp", "--ckpt") for flag in flags):
         fail("the checkpoint stands without --ckpt: bash runs.sh audit SUSPECT")
     check_flags(args.suspect, flags)
     name = Path(args.suspect).resolve()

@@ -173,6 +173,8 @@ if __name__ == "__main__":
     found = list(collect(args.folders))
     if (args.folders or args.save) and not (found and args.save):
         fail(f"give --save NAME and folders with a result.json; got {args.folders}, {args.save}")
+    if unnamed := [run["victim"] for run in found if run["victim"].count("-") < 3]:
+        fail(f"{unnamed[0]} is in no table: a victim's folder is named data-network-attack-sSEED")
     if found:
         store(HERE / f"{args.save}.json", found)
         keep_pictures(PAPERS["pictures"])

@@ -564,3 +564,32 @@ def test_suspects_that_are_no_images(nets, inline, one_line, tmp_path, capfd):
     names, x = load_pictures("some", (3, 8, 8))
     assert names == ["a/0.png", "a/1.png"] and len(x) == 2
     assert "that do not end like a picture: 1" in capfd.readouterr().out
+
+
+WEIGHTED = """
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+def Weighted(num_classes=10):
+    last = weight_norm(nn.Linear(16, num_classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), last)
+"""
+
+
+@pytest.mark.parametrize("script", ["nc_mitigate", "latent", "trojannn"])
+def test_a_last_layer_that_computes_its_weight(tmp_path, inline, one_line, unread, script):
+    """Its weight cannot be zeroed or copied; what was pruned would come back in the saved file."""
+    (tmp_path / "nets.py").write_text(WEIGHTED)
+    arch = "--arch", "nets.py:Weighted"
+    if script == "nc_mitigate":
+        inline("clean", *SHORT["clean"], *arch, "--out", "victim")
+        (tmp_path / "victim" / "nc-s0").mkdir()
+        arrays = {
+            "masks": np.ones((10, 1, 28, 28), "f4"),
+            "patterns": np.zeros((10, 1, 28, 28), "f4"),
+        }
+        np.savez(tmp_path / "victim" / "nc-s0" / "reversed.npz", **arrays)
+        flags = "--ckpt", "victim", *arch, "--label", 0
+    else:
+        flags = *arch, *SHORT[script]
+    assert "weight_norm" in one_line(inline, script, *flags)

@@ -220,3 +220,12 @@ def test_searches_that_fail_are_inconclusive(monkeypatch, tmp_path, digits_clean
     detectors = {"nc", "nc.log", "generator_reverse", "generator_reverse.log"}
     assert written == detectors | {"audit.png", "audit.json"}
     assert torch.load(digits_clean / "model.pt", weights_only=True)["format"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--ckp", "--ck", "--ck=other.pt"])
+def test_no_flag_names_another_suspect(monkeypatch, tmp_path, capfd, flag):
+    """argparse also takes the beginning of a flag."""
+    calls = stand_in(monkeypatch, (0.4, 0.4))
+    other = [] if "=" in flag else ["other.pt"]
+    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16", flag, *other) == 2
+    assert "stands without --ckpt" in capfd.readouterr().err and not calls

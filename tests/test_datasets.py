@@ -503,3 +503,12 @@ def test_a_slash_at_the_end_of_a_folder_changes_nothing(tmp_path, monkeypatch):
     assert {load_dataset(f"own{end}", "data", "cpu").name for end in ("", "/", "//")} == {"own"}
     assert load_dataset("digits/", "data", "cpu").name == "digits/"
     assert load_dataset("digits", "data", "cpu").classes == 10
+
+
+def test_no_class_loses_its_only_image_to_the_check():
+    """A repair that never saw a class would forget it, and its check would hardly notice."""
+    y = torch.tensor([0] * 10 + [1] + [2] * 2)
+    for seed in range(5):
+        kept = datasets.kept_back(y, 0.2, seed)
+        assert [int(kept[y == k].sum()) for k in range(3)] == [2, 0, 1]
+    assert datasets.kept_back(torch.arange(6), 0.2, 0).all()  # then there is nothing to train on

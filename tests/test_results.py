@@ -623,6 +623,20 @@ def test_a_mistyped_folder_does_not_empty_the_tables(tmp_path, monkeypatch, one_
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
 
 
+def test_a_folder_that_no_table_would_show_is_refused(tmp_path, monkeypatch, one_line):
+    results = copied(tmp_path)
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    (tmp_path / "runs" / "my-model").mkdir(parents=True)
+    result = {key: value for key, value in entry().items() if key not in ("victim", "folder")}
+    (tmp_path / "runs" / "my-model" / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr("sys.argv", ["table.py", "runs/my-model", "--save", "mnist"])
+    monkeypatch.chdir(tmp_path)
+    script = compile((results / "table.py").read_text(), str(results / "table.py"), "exec")
+    settings = {"__name__": "__main__", "__file__": str(results / "table.py")}
+    assert "data-network-attack-sSEED" in one_line(exec, script, settings)
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+
 def test_a_method_s_figure_stands_beside_the_data_that_it_comes_from():
     """A script without a run on MNIST still has the one on the bundled digits."""
     lines = PAGE.split("## Methods")[1].split("##")[0].splitlines()

@@ -38,13 +38,13 @@ class Classifier(nn.Module):
         return y.clamp_min(1e-30).log() if self.softmax else y
 
 
-GAIN = "auto: bfloat16 on a GPU or a CPU that has it, there where the network gains"
+GAIN = "auto: bfloat16 on a GPU or a CPU that has it, there not for small networks"
 PRECISION = {"default": "auto", "choices": ["auto", "float32"], "help": GAIN}  # the flag
 
 
 def uses_bfloat16(precision, arch, device):
     """Whether --precision makes a network compute in bfloat16: never if it is "float32", else on a
-    GPU or a CPU that has the instructions, on the CPU for the networks that gain."""
+    GPU or a CPU that has the instructions, on the CPU for the networks that are not small."""
     if precision == "float32":
         return False
     if device.type == "cuda":  # older ones only emulate it
@@ -422,7 +422,7 @@ def residual(block, stem, widths, depths, norm):
 
 
 FOUR = (64, 128, 256, 512)
-FLOAT32 = "mnist_cnn", "mnist_conv5", "mobilenet_v2"  # on a CPU: bfloat16 gains them little
+FLOAT32 = "mnist_cnn", "mnist_conv5", "mobilenet_v2"  # on a CPU: quick enough without it
 ARCHITECTURES = {
     "mnist_cnn": MNISTNet,
     "mnist_conv5": MNISTConv5,

@@ -45,7 +45,7 @@ from common import check_positive, fail, make_folder, saved_figure, write_csv, w
 from common.checkpoint import clear_folder
 from common.datasets import load_pictures, to_float
 from common.defence import clean_share, defence_flags, open_victim, report
-from common.metrics import accuracy, pass_size, predict
+from common.metrics import accuracy, predict
 
 SHARE = 0.1, 600  # of the training data, and the least number of images
 
@@ -58,13 +58,14 @@ def parse_args():
     p.add_argument("--fit-images", type=int, help="fit the boundary (all others, at most 2000)")
     p.add_argument("--frr", type=float, default=0.01, help="of the verdict (paper .01)")
     p.add_argument("--inputs", type=int, default=2000, help="most clean, triggered ones (2000)")
-    p.add_argument("--batch-size", type=int, help="mixed images a pass (GPU 2000, CPU 200)")
+    p.add_argument("--batch-size", type=int, help="mixed images a pass (what the cache holds)")
     suspects = "inputs to judge: an .npz with x, or a folder of pictures"
     p.add_argument("--suspects", help=suspects)
     return p.parse_args()
 
 
 FRRS = (0.005, 0.01, 0.02, 0.05)  # the rates of the paper's Table 3, and 5 %
+ROOM = 10 * 2**20, 2**30  # bytes of one layer's outputs in a pass: a CPU's cache, a GPU's memory
 
 
 def superimpose(x, overlays, blend):
@@ -79,6 +80,22 @@ def superimpose(x, overlays, blend):
 def bits(logits):
     """Shannon entropy over the classes, ... x K logits -> ... bits between 0 and log2 K."""
     return torch.special.entr(logits.float().softmax(-1)).sum(-1) / math.log(2)
+
+
+@torch.no_grad()
+def pass_size(model, x):
+    """Images of x's size (uint8, N x C x H x W) in a pass: as many as have ROOM in every layer."""
+    sizes = [4 * x[0].numel()]
+
+    def note(module, inputs, output):
+        if isinstance(output, torch.Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    model(to_float(x[:1]))
+    for hook in hooks:
+        hook.remove()
+    return max(1, ROOM[x.is_cuda] // max(sizes))
 
 
 @torch.no_grad()
@@ -189,7 +206,7 @@ if __name__ == "__main__":
     x_fit = x_clean[args.overlays :][: args.fit_images or 2000]
 
     # ===== Boundary =====
-    args.batch_size = args.batch_size or pass_size(x_clean)
+    args.batch_size = args.batch_size or pass_size(model, x_clean)
     settings = {"overlays": overlays, "blend": args.blend, "batch_size": args.batch_size}
     score = partial(entropies, model, **settings)
     search_start = time.time()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
 from common.checkpoint import load_victim
 from common.datasets import pick_device, to_float
-from common.metrics import pass_size, predict, verdict
+from common.metrics import predict, verdict
 from common.models import UNet, build_model, uses_bfloat16
 from methods import fine_pruning, finetune, freq_backdoor, generator_reverse, mcr, nad, nc, strip
 from results.level import markdown
@@ -44,8 +44,8 @@ two times over the second.
 ## bfloat16 against float32
 
 An epoch is estimated from {steps} steps of 128 images. A search step goes over all labels of the
-data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it and where the
-network gains by it; the others have no ratio."""
+data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it,
+but for MNIST's small networks; they have no ratio."""
 REPAIRS = """A try of each repair by training, estimated from an epoch on 256 images. `nad.py` and
 `mcr.py` try again at half the rate where it costs more than 5 points on images kept back."""
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
@@ -170,7 +170,7 @@ def throughputs(victim, device, repeats, images=1000):
     x, y = data.x_train[:images], data.y_train[:images]
     overlays, inputs = x[: images // 10], x[-images // 25 :]
     floats = to_float(x[: len(inputs)].repeat_interleave(len(overlays), 0))
-    layer = fine_pruning.LAYERS[victim.arch][0]
+    layer, size = fine_pruning.LAYERS[victim.arch][0], strip.pass_size(model, x)
     _, bases = freq_backdoor.fourier_bases(*data.shape[1:])
     bases = bases.to(device)[:64]
 
@@ -184,9 +184,7 @@ def throughputs(victim, device, repeats, images=1000):
     taken = medians(
         {
             "bare": bare[best],
-            "strip": lambda: strip.entropies(
-                model, inputs, overlays, blend="add", batch_size=pass_size(x)
-            ),
+            "strip": lambda: strip.entropies(model, inputs, overlays, blend="add", batch_size=size),
             "evaluation": lambda: predict(model, x),
             "curve": prune_curve,
             "map": lambda: freq_backdoor.heat_map(
@@ -201,7 +199,7 @@ def throughputs(victim, device, repeats, images=1000):
         model.net.get_submodule(layer.linear).in_features,
     )
     yield [
-        f"STRIP, {pass_size(x)} superimposed images a pass",
+        f"STRIP, {size} superimposed images a pass",
         f"{rate:.2f} of the bare network's rate at its best batch ({best})",
         f"{len(floats) / taken['strip']:.0f} images/s",
     ]
@@ -307,7 +305,7 @@ if __name__ == "__main__":
     if args.backdoorbench:
         from results import peers
 
-        beside = peers.rows(args.backdoorbench, device, args.repeats)
+        beside = peers.rows(args.backdoorbench, victim, device, args.repeats)
         table = markdown([*head, "theirs", "ours"], beside)
         parts += ["## Beside BackdoorBench", peers.TEXT, table]
     step = f"From the start of a script on digits to the end of its first step: {seconds:.1f} s."

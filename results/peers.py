@@ -15,6 +15,7 @@ import io
 import os
 import random
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from common import fail
 from common.datasets import SPECS, to_float
-from common.metrics import pass_size
 from common.models import build_model, uses_bfloat16
 from methods import nc, strip
 from results.bench import medians
@@ -35,11 +35,12 @@ OPTIONS = {"mask_lr": 0.1, "init_cost": 1e-3, "atk_succ_threshold": 98.0, "early
 OPTIONS |= {"early_stop_threshold": 0.99, "early_stop_patience": 25, "patience": 5, "use_norm": 1}
 OPTIONS |= {"cost_multiplier": 2, "EPSILON": 1e-7, "dataset": "cifar10", "input_channel": 3}
 OPTIONS |= {"model": "preactresnet18", "num_classes": 10}
-BATCH = 256  # of their Neural Cleanse
+BATCH, EPOCHS, SHARE = 256, 80, 0.05  # of their Neural Cleanse, the last of the training images
 SUPERIMPOSED = ("preact_resnet18", "cifar10", 20), ("mnist_cnn", "mnist", 128)  # and inputs
 TEXT = """The code of BackdoorBench as shipped, from a clone, against ours: the same weights and
 images, float32 there and `--precision auto` here. Neural Cleanse goes once over 192 images for each
-of 10 labels; STRIP mixes every input with 100 images."""
+of 10 labels; a whole search for one label, the target, ends by each code's own rule, on its own
+share of the images. STRIP mixes every input with 100 images."""
 
 
 def definitions(path, names, **given):
@@ -89,10 +90,55 @@ def neural_cleanse(folder, device, repeats, images=192):
         for labels in torch.arange(10).split(10 if device.type == "cuda" else 2):
             nc.reverse_triggers(model, x, y, labels.tolist(), **search)
 
-    with tempfile.TemporaryDirectory() as log, contextlib.redirect_stdout(io.StringIO()):
-        options.log = os.path.relpath(log)  # for the pictures of their triggers
+    with silent(options):
         taken = medians({"theirs": theirs, "ours": ours}, device, repeats)
     yield line("nc", "preact_resnet18 on CIFAR-10", taken)
+
+
+@contextlib.contextmanager
+def silent(options):
+    """Meanwhile their code prints nothing, and the pictures of their triggers go nowhere."""
+    with tempfile.TemporaryDirectory() as log, contextlib.redirect_stdout(io.StringIO()):
+        options.log = os.path.relpath(log)
+        yield
+
+
+def whole_search(folder, victim, device):
+    """The row of the search for the target of a CIFAR-10 victim, from its start to its own end."""
+    model, data, label = victim.model, victim.data, int(victim.y_target[0])
+    bare = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)
+    options = argparse.Namespace(**OPTIONS, device=device, target_label=label)
+    given = {"args": options, "generate_cls_model": lambda *_: copy.deepcopy(bare)}
+    code = definitions(folder / "defense/nc.py", NC, **given)
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
+    images = [data.x_train[order[: int(share * len(order))]] for share in (SHARE, nc.SHARE[0])]
+    labels = data.y_train[order]
+    recorder, ours = code["Recorder"](options), []
+
+    def theirs():
+        x = (to_float(images[0]) - model.mean) / model.std
+        loader = DataLoader(TensorDataset(x, labels[: len(x)]), BATCH, shuffle=True)
+        shapes = [(c, *x.shape[2:]) for c in (1, x.shape[1])]
+        start = (np.ones(shape, np.float32) for shape in shapes)
+        search = code["RegressionModel"](options, *start, {"model": bare.state_dict()}).to(device)
+        adam = torch.optim.Adam(search.parameters(), options.mask_lr, betas=(0.5, 0.9))
+        for epoch in range(EPOCHS):
+            if code["train_step"](search, adam, loader, recorder, epoch, options):
+                break
+
+    def own():
+        x = to_float(images[1])
+        settings = {"steps": 1000, "batches": 8, "batch_size": 32, "lr": 0.1, "seed": 0}
+        ours.extend(nc.reverse_triggers(model, x, labels[: len(x)], [label], **settings)[2])
+
+    with silent(options):
+        taken = {}
+        for name, call in (("theirs", theirs), ("ours", own)):
+            start = time.perf_counter()
+            call()
+            taken[name] = time.perf_counter() - start
+    norms = f"norms {float(recorder.reg_best):.1f} and {ours[0]:.1f}"
+    yield line(f"nc, a whole search ({norms})", f"{victim.arch} on CIFAR-10", taken)
 
 
 def superimposed(folder, device, repeats, overlays=100):
@@ -105,7 +151,7 @@ def superimposed(folder, device, repeats, overlays=100):
         inputs, normal = x[:count], (to_float(x) - model.mean) / model.std
         pairs = [(image, 0) for image in normal[count:]]
         check = check(options, None, pairs, bare, strip_alpha=1.0, N=overlays).check
-        own = {"blend": "add", "batch_size": pass_size(x)}
+        own = {"blend": "add", "batch_size": strip.pass_size(model, x)}
         calls = {
             "theirs": lambda check=check, x=normal[:count], pairs=pairs: check(x, None, pairs),
             "ours": lambda m=model, x=inputs, o=x[count:], own=own: strip.entropies(m, x, o, **own),
@@ -121,7 +167,10 @@ def line(what, where, taken):
     return [what, where, f"{theirs / ours:.2f}", f"{theirs:.2f} s", f"{ours:.2f} s"]
 
 
-def rows(folder, device, repeats):
-    """All rows of a clone in `folder`."""
+def rows(folder, victim, device, repeats):
+    """All rows of a clone in `folder`; a whole search where `victim` is a CIFAR-10 one."""
     folder = Path(folder)
-    return [*neural_cleanse(folder, device, repeats), *superimposed(folder, device, repeats)]
+    found = [*neural_cleanse(folder, device, repeats), *superimposed(folder, device, repeats)]
+    if victim.data.name == "cifar10" and victim.y_target is not None:
+        found += whole_search(folder, victim, device)
+    return found

@@ -27,7 +27,7 @@ def test_folding_and_throughputs(digits_badnets):
         assert float(ratio) > 0 and float(slow.split()[0]) > 0 and fast.endswith("s (2)")
     passes = list(bench.throughputs(victim, cpu, 1, images=120))
     assert [row[0].split(" ")[0] for row in passes] == ["STRIP,", "prune", "heat"]
-    assert "200 superimposed images a pass" in passes[0][0]
+    assert re.fullmatch(r"STRIP, (417|835) superimposed images a pass", passes[0][0])
     assert int(re.search(r"best batch \((\d+)\)$", passes[0][1])[1]) in bench.BATCHES
 
 

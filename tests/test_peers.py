@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import loaded
 
 from results import peers
 
@@ -16,6 +17,7 @@ class Denormalize: pass
 class Recorder:
     def __init__(self, options):
         assert options.init_cost == 1e-3
+        self.reg_best = torch.tensor(7.0)
 
 class RegressionModel(nn.Module):
     def __init__(self, options, mask, pattern, result):
@@ -34,6 +36,7 @@ def train_step(search, adam, loader, recorder, epoch, options):
         search(x)[:, options.target_label].sum().backward()
         adam.step()
         seen.append((options.target_label, len(x)))
+    return epoch == 2  # it stops early
 """
 STRIP = """
 import another_package_that_nobody_has
@@ -92,12 +95,41 @@ def test_both_codes_mix_as_many_images(clone, monkeypatch):
     assert seen == [(6, 10)] * 20 and sum(mixed) == 2 * 60
 
 
-def test_rows_are_those_of_both(monkeypatch):
-    """Theirs over ours."""
+def test_both_codes_search_to_their_own_end(clone, monkeypatch, digits_badnets):
+    """Theirs over 5 % of 1,437 images until it stops, ours over 10 %."""
+    folder, seen = clone
+    given, search = [], peers.nc.reverse_triggers
+
+    def short(model, x, y, labels, **settings):
+        given.append((len(x), len(y), labels, settings))
+        return search(model, x, y, labels, **settings | {"steps": 2})
+
+    monkeypatch.setattr(peers.nc, "reverse_triggers", short)
+    (row,) = peers.whole_search(folder, loaded(digits_badnets), CPU)
+    assert seen == [(0, 71)] * 3 and [part[:3] for part in given] == [(143, 143, [0])]
+    defaults = run_defaults()
+    assert {name: defaults[name] for name in given[0][3]} == given[0][3]
+    assert row[0].startswith("nc, a whole search (norms 7.0 and ") and float(row[2]) > 0
+
+
+def run_defaults():
+    """What Neural Cleanse runs with where no flag is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["nc.py", "--ckpt", "folder"])
+        return vars(peers.nc.parse_args())
+
+
+def test_rows_are_those_of_both(monkeypatch, digits_badnets):
+    """Theirs over ours, and a whole search on CIFAR-10 alone."""
+    victim = loaded(digits_badnets)
+    monkeypatch.setattr(peers, "whole_search", lambda *_: [peers.line("e", "f", TAKEN)])
     monkeypatch.setattr(peers, "neural_cleanse", lambda *_: [peers.line("a", "b", TAKEN)])
     monkeypatch.setattr(peers, "superimposed", lambda *_: [peers.line("c", "d", TAKEN)])
     ends = ["1.50", "3.00 s", "2.00 s"]
-    assert peers.rows("clone", CPU, 1) == [["a", "b", *ends], ["c", "d", *ends]]
+    two = [["a", "b", *ends], ["c", "d", *ends]]
+    assert peers.rows("clone", victim, CPU, 1) == two
+    victim.data.name = "cifar10"
+    assert peers.rows("clone", victim, CPU, 1) == [*two, ["e", "f", *ends]]
 
 
 TAKEN = {"theirs": 3.0, "ours": 2.0}

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.datasets import load_dataset
+from common.models import build_model
 from methods import strip
 
 CLASSES = 7
@@ -93,6 +94,21 @@ def test_black_overlay_is_the_plain_entropy():
         p = model(x / 510).double().softmax(1).numpy()
     halved = scores(model, x, black, "average")
     np.testing.assert_allclose(halved, entropy(p, axis=1, base=2), atol=1e-5)
+
+
+def test_a_pass_has_room_in_every_layer():
+    """The widest outputs of mnist_cnn are 32 x 14 x 14 numbers, of 4 bytes or 2."""
+    model = build_model("mnist_cnn", 10, (1, 28, 28), (0.1,), (0.3,)).eval()
+    x = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    assert strip.pass_size(model, x) == 10 * 2**20 // (4 * 32 * 14 * 14)
+    model.bfloat16 = True
+    assert strip.pass_size(model, x) == 10 * 2**20 // (2 * 32 * 14 * 14)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_pass_of_a_network_whose_layers_are_smaller_than_its_images():
+    assert strip.pass_size(Planted(0.5), images(2, 0)) == 10 * 2**20 // (4 * 3 * 8 * 8)
+    assert strip.pass_size(Planted(0.5), torch.zeros(1, 3, 2000, 2000, dtype=torch.uint8)) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 12, 100, 10**6])

@@ -23,10 +23,9 @@ distance to the painted images' means, where the code pushes a neuron or a mean 
 mixes I(x) with x. The number of rounds is fixed, and each adds its images to those of the others;
 the code draws anew in each batch. Painted images are rounded to 8 bits once.
 
-What was learnt: asr_other is the ASR of the negative of the style picture, asr_plain that of the
-autoencoder without a style, asr_simple the largest at the end of the injectors that were trained
-against (a new one may find more), and asr_simple_before that before detoxification, on training
-images. On digits the ASR is 54 %.
+What was learnt: asr_other is the ASR of the style picture's negative, asr_plain the autoencoder's
+without a style, asr_simple the largest of the trained injectors at their end (new ones may find
+more), asr_simple_before that before detoxification (training images). On digits the ASR is 54 %.
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
 
@@ -54,7 +53,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy
+from common.metrics import accuracy, pass_size
 from common.models import entering, logit_layer
 
 WINDOW = 11  # side of the injector's pools
@@ -141,7 +140,7 @@ def train_generator(network, x_train, style, *, steps, lr=5e-3, batch_size=32):
 @torch.no_grad()
 def stylise(network, x, style, alpha):
     """G(x) of uint8 images, rounded; style: C x H x W in [0,1], or None for D(E(x)) alone."""
-    parts = (to_float(part) for part in x.split(500))
+    parts = map(to_float, x.split(pass_size(x)))
     return torch.cat([to_uint8((1 - alpha) * a + alpha * network(a, style)) for a in parts])
 
 
@@ -163,8 +162,8 @@ class Injector(nn.Module):
 
 @torch.no_grad()
 def inject(injector, x):
-    """I(x) of uint8 images, rounded, 500 at a time."""
-    return torch.cat([to_uint8(injector(to_float(part))) for part in x.split(500)])
+    """I(x) of uint8 images, rounded."""
+    return torch.cat([to_uint8(injector(to_float(part))) for part in x.split(pass_size(x))])
 
 
 def similarity(a, b):
@@ -189,7 +188,8 @@ def activations(model, layer, x):
 @torch.no_grad()
 def mean_activations(model, layer, x):
     """Means (D) over uint8 images; the model must be in eval mode."""
-    return torch.cat([activations(model, layer, to_float(part)) for part in x.split(200)]).mean(0)
+    parts = map(to_float, x.split(pass_size(x)))
+    return torch.cat([activations(model, layer, part) for part in parts]).mean(0)
 
 
 def compromised(benign, triggered, share):

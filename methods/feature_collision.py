@@ -56,7 +56,7 @@ from common.attack import (
 )
 from common.checkpoint import load_clean
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy, psnr
+from common.metrics import accuracy, pass_size, psnr
 from common.models import entering, in_float32, logit_layer
 
 KINDS = "tail", "all", "fresh"  # the last layer, all layers, or a new network from scratch
@@ -135,7 +135,7 @@ def poisons(model, layer, base, target, opacity, batch_size=500, **settings):
 def feature_distance(model, layer, a, b):
     """Mean Euclidean distance of what enters `layer` for uint8 images a and b, N x C x H x W."""
     with in_float32(model):
-        pairs = zip(a.split(500), b.split(500))
+        pairs = zip(a.split(pass_size(a)), b.split(pass_size(a)))
         parts = [[entering(model, layer, to_float(part)) for part in pair] for pair in pairs]
     return torch.cat([(p - q).norm(dim=1) for p, q in parts]).mean().item()
 

@@ -59,7 +59,7 @@ from common.defence import (
     report_verdict,
     save_repaired,
 )
-from common.metrics import LPIPS_NETS, lpips_distance, lpips_of, verdict, with_a_say
+from common.metrics import LPIPS_NETS, lpips_distance, lpips_of, pass_size, verdict, with_a_say
 from common.models import UNet
 
 SHARE = 0.01, 300  # of the training data, and the least number of images
@@ -105,7 +105,7 @@ def pretrain(generator, x, *, lambdas, lpips_net, goal, steps, batch_size, lr, s
     for step in tqdm(range(steps + 1), disable=None, unit="step", desc="pre-training"):
         if step % 100 == 0 or step == steps:
             with torch.no_grad():
-                parts = [(generator(b) - b).abs().sum((1, 2, 3)) for b in x.split(500)]
+                parts = [(generator(b) - b).abs().sum((1, 2, 3)) for b in x.split(pass_size(x))]
             residual = torch.cat(parts).mean().item()
             if not math.isfinite(residual):
                 fail("pre-training diverged: the residual is not finite")
@@ -163,7 +163,7 @@ def evaluate_generators(model, start, parameters, x, y, labels):
     for i, label in enumerate(labels):
         own = {name: value[i] for name, value in parameters.items()}
         change, hits = [], []
-        for part in x[y != label].split(500):
+        for part in x[y != label].split(pass_size(x)):
             generated = functional_call(start, own, (part,))
             change.append((generated - part).abs().sum((1, 2, 3)))
             hits.append(model(generated).argmax(1) == label)
@@ -205,7 +205,7 @@ def finetune(model, x, y, *, generator, epochs, lr, batch_size=64):
     """
     model, x = copy.deepcopy(model).requires_grad_(True).train(), to_float(x)
     with torch.no_grad():
-        second = [part if generator is None else generator(part) for part in x.split(500)]
+        second = [part if generator is None else generator(part) for part in x.split(pass_size(x))]
     x, y = torch.cat([x, *second]), torch.cat((y, y))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     for _ in range(epochs):

@@ -54,7 +54,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import LPIPS_NETS, accuracy, lpips_distance, lpips_of
+from common.metrics import LPIPS_NETS, accuracy, lpips_distance, lpips_of, pass_size
 
 
 def parse_args():
@@ -169,17 +169,17 @@ def train_encoder(encoder, decoder, x_train, *, steps, batch_size, lr, l2, lpips
 
 
 @torch.no_grad()
-def hide(encoder, x, s, batch_size=500):
+def hide(encoder, x, s):
     """x' = clip(x + E(s, x), 0, 1) as 8-bit images: uint8 N x C x H x W, bits n or N x n."""
     s = s.expand(len(x), -1)
-    pairs = zip(to_float(x).split(batch_size), s.split(batch_size))
+    pairs = zip(to_float(x).split(pass_size(x)), s.split(pass_size(x)))
     return torch.cat([to_uint8(part + encoder(bits, part)) for part, bits in pairs])
 
 
 @torch.no_grad()
-def bit_accuracy(decoder, x, s, batch_size=500):
+def bit_accuracy(decoder, x, s):
     """Share of the bits s (N x n) that D reads from the uint8 images x."""
-    read = torch.cat([decoder(to_float(part)) > 0 for part in x.split(batch_size)])
+    read = torch.cat([decoder(to_float(part)) > 0 for part in x.split(pass_size(x))])
     return (read == (s > 0.5)).float().mean().item()
 
 

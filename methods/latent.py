@@ -56,7 +56,7 @@ from common.attack import (
 )
 from common.checkpoint import load_clean
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy, mean_entering
+from common.metrics import accuracy, mean_entering, pass_size
 from common.models import entering, in_float32, logit_layer
 
 HANDED = 0.1  # share of the images with the patch in poisoned_train.npz
@@ -197,7 +197,7 @@ def train(model, trained, x, y, *, pad, flip, epochs, batch_size, lr, hidden=Non
 def feature_distance(model, layer, x, mean):
     """Mean Euclidean distance of what enters `layer` for uint8 images x to `mean`."""
     with in_float32(model):
-        parts = [entering(model, layer, to_float(part)) - mean for part in x.split(500)]
+        parts = [entering(model, layer, to_float(part)) - mean for part in x.split(pass_size(x))]
     return torch.cat([part.flatten(1).norm(dim=1) for part in parts]).mean().item()
 
 

@@ -54,7 +54,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, to_float, to_uint8
-from common.metrics import accuracy
+from common.metrics import accuracy, pass_size
 from common.models import UNet
 
 LEVELS = 40, 80, 120, 160, 200  # of each channel of the inks that the encoder is trained with
@@ -183,8 +183,8 @@ def train_encoder(encoder, decoder, x_train, *, steps, batch_size, lr, threshold
 
 @torch.no_grad()
 def hide_uint8(encoder, x, edge, ink, epsilon):
-    """The same on uint8 images N x C x H x W with given edges, rounded, 500 images at a time."""
-    pairs = zip(x.split(500), edge.split(500))
+    """The same on uint8 images N x C x H x W with given edges, rounded."""
+    pairs = zip(x.split(pass_size(x)), edge.split(pass_size(x)))
     parts = ((to_float(images), trigger_image(part, ink)) for images, part in pairs)
     return torch.cat([to_uint8(hide(encoder, images, t, epsilon)) for images, t in parts])
 
@@ -192,7 +192,7 @@ def hide_uint8(encoder, x, edge, ink, epsilon):
 @torch.no_grad()
 def ink_error(decoder, x, edge, ink):
     """Mean |D(x) - ink| at the edges of uint8 images, in levels of 255."""
-    pairs = zip(x.split(500), edge.split(500))
+    pairs = zip(x.split(pass_size(x)), edge.split(pass_size(x)))
     off = [((decoder(to_float(a)) - ink[:, None, None]).abs() * b).sum() for a, b in pairs]
     return 255 * (torch.stack(off).sum() / (len(ink) * edge.sum())).item()
 

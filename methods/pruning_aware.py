@@ -51,7 +51,7 @@ from common.attack import (
     wanted_labels,
 )
 from common.datasets import augment, kept_back, to_float
-from common.metrics import accuracy
+from common.metrics import accuracy, pass_size
 from common.models import in_float32
 
 SIDE = 3  # of the white patch, lower right
@@ -124,7 +124,7 @@ def train(model, x, y, *, pad, flip, epochs, batch_size, lr):
 
 
 @torch.no_grad()
-def activations(net, layer, x, batch_size=500):
+def activations(net, layer, x, batch_size=None):
     """Mean |a| of each channel of the layer's output a (C), and what enters its last reader.
 
     Of uint8 images, in eval mode and float32; after the ReLU where one follows; N x C P, P values
@@ -140,7 +140,7 @@ def activations(net, layer, x, batch_size=500):
             lambda module, inputs: features.append(inputs[0])
         ),
     ]
-    for part in x.split(batch_size):
+    for part in x.split(batch_size or pass_size(x)):
         with in_float32(net):
             net(to_float(part))
         a = outputs.pop()

@@ -120,6 +120,15 @@ def test_images_of_the_label_do_not_count():
         assert norm == pytest.approx((changed / (y != label).sum()).item(), rel=1e-5)
 
 
+def test_large_images_go_through_the_network_in_smaller_parts():
+    """A fourth of the images a pass at 64 x 64, where 500 would need four times the memory."""
+    seen, net = [], nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 5))
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    x, y = torch.rand(150, 1, 64, 64), torch.arange(150) % 5
+    gr.evaluate_generators(net, Additive(), {"c": torch.zeros(1, 1, 1, 1)}, x, y, [0])
+    assert seen == [50, 50, 20]
+
+
 HAND = [5, 5.2, 4.8, 5.1, 4.9, 5.3, 4.7, 5, 5.2, 1]
 
 

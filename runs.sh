@@ -307,6 +307,8 @@ gtsrb() {
   local r=runs/gtsrb-nc_gtsrb_cnn s v pair net="--arch nc_gtsrb_cnn"
   for v in clean wanet input_aware; do victims "$v" gtsrb nc_gtsrb_cnn 0 1 2; done
   variant gtsrb nc_gtsrb_cnn-badnets badnets $net --patch-size 4 --target 33
+  variant gtsrb nc_gtsrb_cnn-badnets_float32 badnets $net --patch-size 4 --target 33 \
+    --precision float32
   variant gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15
   variant gtsrb nc_gtsrb_cnn-stealthy_no_adversarial stealthy_adversarial $net --target 15 \
     --no-adversarial
@@ -326,8 +328,10 @@ gtsrb() {
       fi
       [ $v = clean ] || row strip "$r-$v-s$s" "$s"
     done
+    row strip "$r-badnets_float32-s$s" "$s" --precision float32
     for v in stealthy_adversarial stealthy_no_adversarial; do audited "$r-$v-s$s" "$s"; done
   done
+  row generator_reverse "$r-badnets_float32-s0" 0 --lpips-net none --precision float32
   for v in freq_backdoor_500 freq_backdoor_1500 pruning_aware; do audited "$r-$v-s0" 0; done
   for v in badnets wanet input_aware pruning_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
@@ -487,6 +491,10 @@ lecture() {
   for s in 0 1 2; do
     [ "$s" = 0 ] || row nc "$r-badnets-s$s" "$s"
     [ "$s" = 0 ] || row nc "$r-clean-s$s" "$s"
+    for v in badnets clean; do # the same verdicts as in bfloat16
+      once "$r-$v-s$s/nc_float32-s$s" nc --ckpt "$r-$v-s$s" --seed "$s" --precision float32 \
+        --out "$r-$v-s$s/nc_float32-s$s"
+    done
     row nc_mitigate "$r-badnets-s$s" "$s"
     row nc_mitigate "$r-clean-s$s" "$s" --label 0 # what it costs where nothing is wrong
   done

@@ -19,11 +19,11 @@ weight (m_y is then compared at equal ASR) -> search_lambda1; mitigation -> fine
 
 Differs from the paper, or chosen where it is silent: pre-training runs until the generator copies
 images to within 10 % of their L1 spread around the mean colour, at most 3,000 steps; else "nothing
-stands out" is inconclusive. On CIFAR-10 a plain U-Net (--no-skip) left 13 % (public row marked †);
-so G(x) of colour images is sigmoid(U(x) + logit x), a copy from the start, and Adam's rate .003. U
-has width 8 and 200 steps a label. A label whose G misses an ASR of .8, or without images and with
-the largest norm, has no say. The p-value decides, by --rule index the paper's. Only the label
-farthest below is repaired; a fifth of --repair-fraction checks it. No run has true LPIPS.
+stands out" is inconclusive. On CIFAR-10 plain U-Nets (--no-skip) missed that goal; so G(x) of
+colour images is sigmoid(U(x) + logit x), a copy from the start, and Adam's rate .003. U has width 8
+and 200 steps a label. A label whose G misses an ASR of .8, or without images and with the largest
+norm, has no say. The p-value decides, by --rule index the paper's. Only the label farthest below is
+repaired; a fifth of --repair-fraction checks it. No run has true LPIPS.
 
     python methods/generator_reverse.py --ckpt runs/mnist-mnist_cnn-wanet-s0 --lpips-net none
 

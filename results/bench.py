@@ -2,6 +2,7 @@
 
     python results/bench.py runs/bench/victim     # write results/speed.md
     python results/bench.py runs/bench/victim --backdoorbench CLONE     # beside its code, too
+    python results/bench.py ... --search runs/cifar10-wrn16_1-badnets-s1    # over a whole search
 
 `bash runs.sh bench` trains that victim. What is compared runs in alternation, and medians are kept.
 """
@@ -281,12 +282,19 @@ if __name__ == "__main__":
     p.add_argument(
         "--backdoorbench", help="a clone of BackdoorBench, whose code is run beside ours"
     )
+    p.add_argument("--search", type=Path, help="a CIFAR-10 victim that both search to their end")
     p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
     args = p.parse_args()
     device = pick_device("auto")
     absent = dict.fromkeys(["arch", "dataset", "mean", "std", "out", "classes", "image_size"])
-    given = argparse.Namespace(ckpt=args.victim, data_dir=args.data_dir, **absent)
-    victim = load_victim(given, device)
+    victim, searched = (
+        load_victim(argparse.Namespace(ckpt=path, data_dir=args.data_dir, **absent), device)
+        if path
+        else None
+        for path in (args.victim, args.search)
+    )
+    if searched and (searched.data.name != "cifar10" or searched.y_target is None):
+        fail(f"--search {args.search}: it must be the folder of an attack on CIFAR-10")
     seconds = start_up(max(1, args.repeats // 2))
     halves = [row for pair in NETWORKS for row in precisions(*pair, device, args.repeats)]
     folded = list(folding(victim, device, max(1, args.repeats // 2)))
@@ -305,7 +313,7 @@ if __name__ == "__main__":
     if args.backdoorbench:
         from results import peers
 
-        beside = peers.rows(args.backdoorbench, victim, device, args.repeats)
+        beside = peers.rows(args.backdoorbench, searched, device, args.repeats)
         table = markdown([*head, "theirs", "ours"], beside)
         parts += ["## Beside BackdoorBench", peers.TEXT, table]
     step = f"From the start of a script on digits to the end of its first step: {seconds:.1f} s."

@@ -106,6 +106,7 @@ def silent(options):
 def whole_search(folder, victim, device):
     """The row of the search for the target of a CIFAR-10 victim, from its start to its own end."""
     model, data, label = victim.model, victim.data, int(victim.y_target[0])
+    model.eval().requires_grad_(False).bfloat16 = uses_bfloat16("auto", victim.arch, device)
     bare = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)
     options = argparse.Namespace(**OPTIONS, device=device, target_label=label)
     given = {"args": options, "generate_cls_model": lambda *_: copy.deepcopy(bare)}
@@ -168,9 +169,7 @@ def line(what, where, taken):
 
 
 def rows(folder, victim, device, repeats):
-    """All rows of a clone in `folder`; a whole search where `victim` is a CIFAR-10 one."""
+    """All rows of a clone in `folder`; a whole search where there is a CIFAR-10 victim."""
     folder = Path(folder)
     found = [*neural_cleanse(folder, device, repeats), *superimposed(folder, device, repeats)]
-    if victim.data.name == "cifar10" and victim.y_target is not None:
-        found += whole_search(folder, victim, device)
-    return found
+    return [*found, *whole_search(folder, victim, device)] if victim else found

@@ -8,7 +8,7 @@ Kind: detects inputs, at test time. Given: the model's outputs and a clean share
 data, whose labels only spread the draw over the classes and show whether the network is read right.
 Answers: for an input, does it carry a trigger.
 Assumes a trigger that works on every image and survives the overlay. Where it fails: in our tables
-nearly all WaNet, input-aware and stealthy triggers pass, and 63 % of BadNets' squares on GTSRB.
+nearly all WaNet, input-aware and stealthy triggers pass, and half of BadNets' squares on GTSRB.
 
 Equations: x_n = x + o_n, clipped to [0,1] -> superimpose; H_n = -sum_i y_i log2 y_i and
 H = (1/N) sum_n H_n -> entropies (bits, from 0 to log2 K); boundary = mu + sigma Phi^-1(FRR) ->

@@ -40,7 +40,8 @@ SUPERIMPOSED = ("preact_resnet18", "cifar10", 20), ("mnist_cnn", "mnist", 128)  
 TEXT = """The code of BackdoorBench as shipped, from a clone, against ours: the same weights and
 images, float32 there and `--precision auto` here. Neural Cleanse goes once over 192 images for each
 of 10 labels; a whole search for one label, the target, ends by each code's own rule, on its own
-share of the images. STRIP mixes every input with 100 images."""
+share of the images; in brackets the norms of the masks, theirs first. STRIP mixes every input with
+100 images."""
 
 
 def definitions(path, names, **given):

@@ -335,7 +335,7 @@ def test_silent_channels_go_first_in_the_order_of_their_number(inline, digits_ba
 def test_fine_pruning_removes_badnets_at_a_high_rate(digits, digits_badnets, tmp_path):
     """Through the command line; a rate of .01 leaves this backdoor alone."""
     out = tmp_path / "out"
-    flags = "--lr", 0.05, "--epochs", 24, "--batch-size", 32, "--out", out
+    flags = "--lr", 0.05, "--epochs", 40, "--batch-size", 32, "--out", out
     printed = run_here("fine_pruning", "--ckpt", digits_badnets, *flags, cwd=tmp_path)
     metrics = result_of(out)["metrics"]
     assert metrics["asr"] >= 98 and metrics["asr_repaired"] <= 15

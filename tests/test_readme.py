@@ -134,19 +134,26 @@ def test_figures_in_the_prose_are_those_of_the_results():
         return only
 
     pattern = r"BadNets has clean ([\d.]+) and ASR ([\d.]+); "
-    pattern += r"Neural Cleanse names it and repairs it to ([\d.]+), NAD to ([\d.]+)\."
+    pattern += r"Neural Cleanse names all three and repairs them to ([\d.]+), NAD one to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     _, _, clean, asr, *_ = line("Attacks", "badnets")
     nc, nad = (
         line("Repairs", "nc on badnets, 10 %"),
         line("Fine-tuning, NAD and MCR", "nad on badnets"),
     )
-    assert line("Detectors", "nc on badnets")[3] == "1 of 1"
-    assert [f"{float(value):.2f} (1)" for value in told] == [clean, asr, nc[4], nad[7]]
+    assert line("Detectors", "nc on badnets")[3] == "3 of 3"
+    means = [cell.split(" ")[0] for cell in (clean, asr, nc[4], nad[7])]
+    assert [f"{float(value):.2f}" for value in told] == means
 
-    pattern = r"WaNet has clean ([\d.]+) and ASR ([\d.]+); "
+    pattern = r"Neural Cleanse names BadNets in all three networks and repairs them to ([\d.]+); "
+    pattern += r"WaNet .one seed. has clean ([\d.]+) and ASR ([\d.]+); "
     pattern += r"the generators name it among 43 labels and repair it to ([\d.]+)\."
-    (told,) = re.findall(pattern, text)
+    ((patch, *told),) = re.findall(pattern, text)
+    ((named,), (repair,)) = (
+        found["GTSRB", table, row, "nc_gtsrb_cnn"]
+        for table, row in (("Detectors", "nc on badnets"), ("Repairs", "nc on badnets, 10 %"))
+    )
+    assert named[3] == "3 of 3" and repair[4].split(" ")[0] == patch
     (wanet,), (named,), (repair,) = (
         found["GTSRB", table, row, "nc_gtsrb_cnn"]
         for table, row in (
@@ -158,8 +165,8 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert named[3] == "1 of 1"
     assert [f"{float(value):.2f} (1)" for value in told] == [wanet[2], wanet[3], repair[4]]
 
-    pattern = r"The same network on CIFAR-10 .one seed. has clean ([\d.]+) and ASR ([\d.]+); they "
-    pattern += r"name the target, and an innocent label with it, and repair it to ([\d.]+)\."
+    pattern = r"On CIFAR-10 .one seed. it has ([\d.]+) and ([\d.]+); they name it and an innocent "
+    pattern += r"label, and repair it to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     (wanet,), (named,), (repair,) = (
         found["CIFAR-10", table, row, "nc_gtsrb_cnn"]

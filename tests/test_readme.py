@@ -165,8 +165,8 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert named[3] == "1 of 1"
     assert [f"{float(value):.2f} (1)" for value in told] == [wanet[2], wanet[3], repair[4]]
 
-    pattern = r"On CIFAR-10 .one seed. it has ([\d.]+) and ([\d.]+); they name it and an innocent "
-    pattern += r"label, and repair it to ([\d.]+)\."
+    pattern = r"The same network on CIFAR-10 .one seed. has ([\d.]+) and ([\d.]+); they name it "
+    pattern += r"and an innocent label, and repair it to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     (wanet,), (named,), (repair,) = (
         found["CIFAR-10", table, row, "nc_gtsrb_cnn"]

@@ -41,10 +41,7 @@ def seed(text):
 
 
 def check_positive(args, *names, most=1e36):
-    """Fail unless each named argument lies in (0, most]; None means that the default holds.
-
-    1e36 fits a float32 with room to spare.
-    """
+    """Fail unless each named argument is None, a default, or in (0, most], within a float32."""
     for name in names:
         value = getattr(args, name)
         top = min(most, 2**31) if isinstance(value, int) else most
@@ -57,6 +54,12 @@ def check_share(args, *names):
     check_positive(args, *names, most=1)
 
 
+def check_step(args):
+    """Fail where a training step would hold a single image: BatchNorm needs two."""
+    if args.batch_size == 1:
+        fail("--batch-size 1: BatchNorm needs two images a step")
+
+
 def check_weights(args, *names):
     """Fail unless each of the named lists holds finite numbers of 0 or above."""
     for name in names:
@@ -66,10 +69,7 @@ def check_weights(args, *names):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it otherwise.
-
-    The suffix is kept because numpy and matplotlib look at it. An interrupt leaves nothing behind.
-    """
+    """Yield a path beside `path`, of its suffix; rename it on success, delete it otherwise."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

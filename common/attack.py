@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import check_positive, fail, make_folder, parser, seed
+from common import check_positive, check_step, fail, make_folder, parser, seed
 from common import checkpoint as ckpt
 from common.datasets import load_dataset, pick_device, to_float
 from common.metrics import accuracy, attack_targets, psnr, ssim
@@ -40,6 +40,7 @@ def set_up(args, epochs=1):
     Seeds every random draw, fills in --arch, --epochs and --lr; `epochs` multiplies the recipe's.
     """
     check_positive(args, "epochs", "batch_size", "lr", "train_images", "image_size")
+    check_step(args)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size)

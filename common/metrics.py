@@ -17,8 +17,7 @@ SMALLEST_NORM = 1e-6  # smaller ones count as this, for 0 has no logarithm
 
 
 def pass_size(x):
-    """Images of x's size in a forward pass, fewer above 32 x 32: on a GPU the activations of more
-    would leave its memory, on a CPU its cache."""
+    """Images of x's size in a forward pass: more would leave a GPU's memory, a CPU's cache."""
     return max(1, (2000 if x.is_cuda else 200) * 1024 // max(1024, x.shape[-2] * x.shape[-1]))
 
 

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure, write_csv
+from common import check_positive, check_step, fail, make_folder, saved_figure, write_csv
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder, load_training_set
 from common.datasets import augment, to_float
@@ -220,6 +220,7 @@ def draw_losses(path, groups, isolated):
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "gamma", "isolation_epochs", "epochs", "batch_size", "lr")
+    check_step(args)
     check_positive(args, "unlearn_steps", "unlearn_lr")
     start = time.time()
     victim = open_victim(args)

@@ -120,11 +120,11 @@ def collide(model, layer, base, target, *, beta, step_size, steps):
     return x
 
 
-def poisons(model, layer, base, target, opacity, batch_size=500, **settings):
-    """Watermark and collision on uint8 images N x C x H x W, rounded, a batch at a time."""
-    made = []
+def poisons(model, layer, base, target, opacity, **settings):
+    """Watermark and collision on uint8 images N x C x H x W, rounded, in passes of pass_size."""
+    made, size = [], pass_size(base)
     with in_float32(model):
-        for b, t in zip(base.split(batch_size), target.split(batch_size)):
+        for b, t in zip(base.split(size), target.split(size)):
             b, t = to_float(b), to_float(t)
             marked = watermark(b, t, opacity)
             made.append(to_uint8(collide(model, layer, marked, t, **settings)))

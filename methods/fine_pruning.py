@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure, written_whole
+from common import check_positive, check_step, fail, make_folder, saved_figure, written_whole
 from common.checkpoint import clear_folder
 from common.datasets import augment, kept_back, to_float
 from common.defence import (
@@ -228,6 +228,7 @@ def draw_curve(path, named, count):
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "epochs", "batch_size", "lr")
+    check_step(args)
     if not 0 < args.held_out < 1:
         fail(f"--held-out {args.held_out} must lie in (0, 1)")
     if not 0 <= args.max_drop <= 100:

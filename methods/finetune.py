@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure
+from common import check_positive, check_step, fail, make_folder, saved_figure
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder
 from common.datasets import augment, kept_back, to_float
@@ -124,6 +124,7 @@ def draw_sweep(path, lrs, named, chosen):
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "epochs", "batch_size")
+    check_step(args)
     if not all(0 < lr <= 1e36 for lr in args.lrs):
         fail(f"--lrs must lie in (0, 1e+36]; got {args.lrs}")
     if not 0 < args.held_out < 1:

@@ -77,17 +77,18 @@ def parse_args():
     return p.parse_args()
 
 
-def fourier_bases(height, width):
-    """The distinct real Fourier bases: bins (K x 2: row, column) and U (K x H x W, norm 1).
-
-    U_ij is a cosine of phase zero. Bins (i, j) and (-i, -j) share it; the first of the two is kept.
-    """
+def distinct_bins(height, width):
+    """K x 2 (row, column): of bins (i, j) and (-i, -j), which share a real basis, the first."""
     bins = [(i, j) for i in range(height) for j in range(width)]
-    bins = torch.tensor([(i, j) for i, j in bins if (i, j) <= (-i % height, -j % width)])
+    return torch.tensor([(i, j) for i, j in bins if (i, j) <= (-i % height, -j % width)])
+
+
+def fourier_bases(bins, height, width):
+    """The real Fourier bases U of the bins, K x H x W of norm 1: cosines of phase zero."""
     rows = torch.outer(bins[:, 0], torch.arange(height))[:, :, None] / height
     columns = torch.outer(bins[:, 1], torch.arange(width))[:, None] / width
     waves = torch.cos(2 * torch.pi * (rows + columns).double())
-    return bins, (waves / waves.flatten(1).norm(dim=1)[:, None, None]).float()
+    return (waves / waves.flatten(1).norm(dim=1)[:, None, None]).float()
 
 
 def on_both_bins(values, bins, height, width):
@@ -99,16 +100,18 @@ def on_both_bins(values, bins, height, width):
 
 
 @torch.no_grad()
-def heat_map(model, x, y, bases, norm, batch_size=2000):
-    """Error rate (K) on clip(x + r v U) for each basis U; r = +-1 is drawn per image and channel.
+def heat_map(model, x, y, bins, norm, batch_size=2000):
+    """Error rate (K) on clip(x + r v U) for each bin's U; r = +-1 is drawn per image and channel.
 
-    x is B x C x H x W in [0,1], norm is v. As many bases at once as the batch size allows.
+    x is B x C x H x W in [0,1], norm is v. Bases are made as many at once as give batch_size.
     """
     errors = []
-    for some in bases.split(max(1, batch_size // len(x))):
+    for some in bins.split(max(1, batch_size // len(x))):
+        some = fourier_bases(some, *x.shape[-2:]).to(x.device)
         r = torch.randint(0, 2, (len(some), *x.shape[:2], 1, 1), device=x.device) * 2 - 1
         moved = (x + norm * r * some[:, None, None]).clamp(0, 1)  # M x B x C x H x W
-        predicted = model(moved.flatten(0, 1)).argmax(1).view(len(some), -1)
+        parts = moved.flatten(0, 1).split(pass_size(x))
+        predicted = torch.cat([model(part).argmax(1) for part in parts]).view(len(some), -1)
         errors.append((predicted != y).float().mean(1))
     return torch.cat(errors)
 
@@ -235,9 +238,9 @@ if __name__ == "__main__":
     if not 0 < args.delta_p < 1:
         fail(f"--delta-p {args.delta_p} must lie in (0, 1)")
     height, width = data.shape[1:]
-    bins, bases = (t.to(device) for t in fourier_bases(height, width))
-    if args.k is not None and not 1 <= args.k <= len(bases) // 2:
-        fail(f"--k {args.k} must lie in 1..{len(bases) // 2} for {height} x {width} images")
+    bins = distinct_bins(height, width)
+    if args.k is not None and not 1 <= args.k <= len(bins) // 2:
+        fail(f"--k {args.k} must lie in 1..{len(bins) // 2} for {height} x {width} images")
     y_wanted, counts = wanted_labels(data, args.target)
     args.poisons = args.poisons or max(1, min(500, len(x_train) // 10))
     generator, flag = torch.Generator().manual_seed(args.seed), f"--poisons {args.poisons}"
@@ -247,7 +250,7 @@ if __name__ == "__main__":
     x_some = to_float(x_train[:2000])  # already in random order
     energy = energy_of(x_some, bins).cpu()
     most = (args.delta_p / 2) ** 2 if args.mode == "replace" else math.inf
-    sizes = [args.k] if args.k else range(min(10, len(bases) // 2), 0, -1)
+    sizes = [args.k] if args.k else range(min(10, len(bins) // 2), 0, -1)
     args.k = next((k for k in sizes if (energy <= most / k).sum() >= 2 * k), sizes[0])
     quiet = energy <= most / args.k
     if quiet.sum() < 2 * args.k:
@@ -263,7 +266,7 @@ if __name__ == "__main__":
     train(clean, x_train[held:], y_train[held:], **recipe)
     clean.eval().requires_grad_(False)
     x_held, y_held = to_float(x_train[:held]), y_train[:held]
-    errors = heat_map(clean, x_held, y_held, bases, args.heat_norm).cpu()
+    errors = heat_map(clean, x_held, y_held, bins, args.heat_norm).cpu()
     top = most_sensitive(errors, quiet, args.k)
     trigger = calibrated(x_some, bins[top], args.mode, args.delta_p)
     print(f"heat map: errors of {100 * errors[top].min():.1f} % or more at the top {args.k} bases")
@@ -295,19 +298,16 @@ if __name__ == "__main__":
     x_poisoned = to_uint8(triggered(data.x_test, *trigger))  # as a deployed model would meet it
     metrics = evaluate_attack(model, clean, data, x_poisoned, y_wanted, counts)
     counted, wanted = x_poisoned[counts], y_wanted[counts]
-    metrics |= {
-        "asr_jpeg75": accuracy(model, jpeg(counted, torch.full((len(counted),), 75)), wanted),
-        "poisoned": args.poisons,
-        "clean_model_accuracy": accuracy(clean, data.x_test, data.y_test),
-    }
+    through_jpeg = jpeg(counted, torch.full((len(counted),), 75))
+    metrics |= {"asr_jpeg75": accuracy(model, through_jpeg, wanted), "poisoned": args.poisons}
+    metrics["clean_model_accuracy"] = accuracy(clean, data.x_test, data.y_test)
     quiet[top] = False
     rest = quiet.nonzero().flatten()
     others = bins[rest[torch.randperm(len(rest), generator=generator)[: args.k]]]
     controls = {"other_bins": (others, args.mode), "grey": (bins[:1], "add")}  # bin 0 is constant
     for name, (at, mode) in controls.items():
-        strange = calibrated(x_some, at, mode, args.delta_p)
-        x_other = to_uint8(triggered(data.x_test[counts], *strange))
-        metrics[f"asr_{name}"] = accuracy(model, x_other, wanted)
+        x_other = triggered(data.x_test[counts], *calibrated(x_some, at, mode, args.delta_p))
+        metrics[f"asr_{name}"] = accuracy(model, to_uint8(x_other), wanted)
     defender = train_autoencoder(data.x_train, args.autoencoder_steps)
     metrics["asr_autoencoder"] = accuracy(model, filtered(defender, counted), wanted)
 

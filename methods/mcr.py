@@ -45,7 +45,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, fail, make_folder, saved_figure
+from common import check_positive, check_step, fail, make_folder, saved_figure
 from common.checkpoint import clear_folder, load_victim
 from common.datasets import augment, kept_back, to_float
 from common.defence import (
@@ -164,10 +164,11 @@ def connect(net, first, second, x, y, *, pad, flip, epochs, lr, batch_size):
 
 
 @torch.no_grad()
-def refresh(net, x, batch_size=500):
+def refresh(net, x, batch_size=None):
     """Take the running statistics of BatchNorm anew from clean uint8 images, in place.
 
-    They are the means over batches, weighted by their size. Dropout stays off.
+    They are the means over batches (of pass_size, 32 at least), weighted by their size. Dropout
+    stays off.
     """
     net.eval()
     norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -175,7 +176,7 @@ def refresh(net, x, batch_size=500):
         norm.reset_running_stats()
         norm.train()
     seen = 0
-    for part in x.split(batch_size) if norms else []:
+    for part in x.split(batch_size or max(32, pass_size(x))) if norms else []:
         if seen and len(part) == 1:
             continue  # a single vector has no variance
         seen += len(part)
@@ -234,6 +235,7 @@ def draw_curve(path, t, named, chosen):
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "epochs", "batch_size", "lr")
+    check_step(args)
     if args.points < 3:
         fail(f"--points {args.points}: the two ends and a point between them are 3")
     start = time.time()

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_positive, check_weights, fail, make_folder
+from common import check_positive, check_step, check_weights, fail, make_folder
 from common.attack import TrainingLog
 from common.checkpoint import clear_folder, draw_rows
 from common.datasets import augment, kept_back, to_float
@@ -186,6 +186,7 @@ def draw_attention(path, models, block, x):
 if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "teacher_epochs", "epochs", "batch_size", "lr")
+    check_step(args)
     if args.betas:
         check_weights(args, "betas")
     start = time.time()

@@ -172,8 +172,7 @@ def throughputs(victim, device, repeats, images=1000):
     overlays, inputs = x[: images // 10], x[-images // 25 :]
     floats = to_float(x[: len(inputs)].repeat_interleave(len(overlays), 0))
     layer, size = fine_pruning.LAYERS[victim.arch][0], strip.pass_size(model, x)
-    _, bases = freq_backdoor.fourier_bases(*data.shape[1:])
-    bases = bases.to(device)[:64]
+    bins = freq_backdoor.distinct_bins(*data.shape[1:])[:64]
 
     def prune_curve():
         scores, features = fine_pruning.activations(model, layer, x)
@@ -189,7 +188,7 @@ def throughputs(victim, device, repeats, images=1000):
             "evaluation": lambda: predict(model, x),
             "curve": prune_curve,
             "map": lambda: freq_backdoor.heat_map(
-                model, to_float(overlays), y[: len(overlays)], bases, 4.0
+                model, to_float(overlays), y[: len(overlays)], bins, 4.0
             ),
         },
         device,

@@ -62,6 +62,7 @@ GENERAL = [
     (["--device", "meta"], "meta"),
     (["--dataset", "nowhere/none.npz"], "none.npz"),
     (["--batch-size", 0], "batch"),
+    (["--batch-size", 1], "BatchNorm needs two"),
     (["--batch-size", 10**20], "batch"),
     (["--epochs", -1], "epochs"),
     (["--train-images", 0], "train-images"),
@@ -365,6 +366,7 @@ OTHER_WORDS = {"--repair-fraction": "share", "1e30": "diverged", 0.0001: "kept b
         *each("generator_reverse", "--lr", "1e30"),
         *(case for goal in (0, -1, "nan") for case in each("generator_reverse", RESIDUAL, goal)),
         *(case for flag in ("--epochs", "--batch-size", "--lr") for case in each("mcr", flag, 0)),
+        *each("abl fine_pruning finetune mcr nad", "--batch-size", 1),
         *each("mcr", "--points", 2),
         *each("mcr", "--second", "nowhere"),
         *each("mcr", "--data-fraction", 0.0001),  # every image is kept back

@@ -131,12 +131,13 @@ def test_no_step_and_own_features_change_nothing():
     torch.testing.assert_close(same, base, rtol=0, atol=1e-6)
 
 
-def test_features_of_a_trained_network_collide(digits_clean, digits):
+def test_features_of_a_trained_network_collide(digits_clean, digits, monkeypatch):
+    monkeypatch.setattr(fc, "pass_size", lambda x: 16)
     model = load_clean(digits_clean, digits)
     base, target = (digits.x_train[digits.y_train == k][:40] for k in (0, 7))
     before, after = base.clone(), {}
     for steps in (0, 5, 40):
-        settings = {"beta": 1.0, "step_size": 0.1, "steps": steps, "batch_size": 16}
+        settings = {"beta": 1.0, "step_size": 0.1, "steps": steps}
         x = fc.poisons(model, "net.linear9", base, target, 0.2, **settings)
         with torch.no_grad():
             f = [nn.Sequential(*list(head(model)))(to_float(a)).double() for a in (x, target)]

@@ -39,7 +39,7 @@ def grey(count=8, shape=(3, 32, 32), low=0.4, high=0.6):
 
 def trigger(shape=(3, 32, 32), chosen=(5, 77, 210), value=1.0):
     """(mask H x W, additive C x H x W) of a few bases, in float64."""
-    bins, _ = fb.fourier_bases(*shape[1:])
+    bins = fb.distinct_bins(*shape[1:])
     mask = fb.on_both_bins(torch.ones(len(chosen)).double(), bins[list(chosen)], *shape[1:])
     colours = torch.tensor(fb.PROPORTIONS[: shape[0]]).double().view(-1, 1, 1)
     return mask, value * colours * mask
@@ -51,7 +51,8 @@ def trigger(shape=(3, 32, 32), chosen=(5, 77, 210), value=1.0):
 @pytest.mark.parametrize("height, width", SIZES)
 def test_bases(height, width):
     """Unit norm, at most two bins, one basis per conjugate pair, orthogonal."""
-    bins, bases = fb.fourier_bases(height, width)
+    bins = fb.distinct_bins(height, width)
+    bases = fb.fourier_bases(bins, height, width)
     own = (1 + (height % 2 == 0)) * (1 + (width % 2 == 0))  # bins that are their own mirror image
     assert len(bins) == len(bases) == (height * width + own) // 2
     spectra = np.abs(dft(bases.double()))
@@ -68,14 +69,14 @@ def test_bases(height, width):
 
 
 def test_514_bases_of_cifar10():
-    bins, _ = fb.fourier_bases(32, 32)
+    bins = fb.distinct_bins(32, 32)
     own = [pair for pair in bins.tolist() if all(2 * c % 32 == 0 for c in pair)]
     assert len(bins) == 514 and own == [[0, 0], [0, 16], [16, 0], [16, 16]]
 
 
 @pytest.mark.parametrize("height, width", SIZES)
 def test_map_is_closed_under_conjugation(height, width):
-    bins, _ = fb.fourier_bases(height, width)
+    bins = fb.distinct_bins(height, width)
     values = torch.rand(len(bins)) + 1
     spectrum = fb.on_both_bins(values, bins, height, width).numpy()
     assert (spectrum > 0).all()
@@ -144,7 +145,7 @@ def test_calibration(channels, mode, delta):
     expected, _ = (t.float() for t in trigger(shape, chosen))
     if mode == "replace":
         x = fb.add_trigger(x, expected, torch.zeros(shape), mode)  # a quiet bin
-    bins = fb.fourier_bases(28, 28)[0][list(chosen)]
+    bins = fb.distinct_bins(28, 28)[list(chosen)]
     mask, additive, same = fb.calibrated(x, bins, mode, delta)
     assert torch.equal(mask, expected) and same == mode
     change = fb.add_trigger(x, mask, additive, mode) - x
@@ -173,7 +174,7 @@ def test_trigger_on_bytes(mode):
 
 def test_energy_is_what_zeroing_costs():
     x = grey(low=0, high=1)
-    bins, _ = fb.fourier_bases(32, 32)
+    bins = fb.distinct_bins(32, 32)
     energy = fb.energy_of(x, bins)
     assert energy.sum().item() == pytest.approx(x.square().sum((1, 2, 3)).mean().item())
     for basis in (0, 7, 16, 300, 513):
@@ -212,7 +213,8 @@ class Linear(nn.Module):
 def test_linear_classifier_is_most_sensitive_where_its_weight_is(planted):
     """<w, x + r v U> = <w, x> + r v <w, U>: the error is half the share of margins below that."""
     height, width = 12, 16
-    bins, bases = fb.fourier_bases(height, width)
+    bins = fb.distinct_bins(height, width)
+    bases = fb.fourier_bases(bins, height, width)
     generator = torch.Generator().manual_seed(planted)
     weight = 0.05 * torch.randn(1, height, width, generator=generator) + bases[planted]
     x = grey(400, (1, height, width), 0.45, 0.55).float()
@@ -220,7 +222,7 @@ def test_linear_classifier_is_most_sensitive_where_its_weight_is(planted):
     model = Linear(weight, score.median())
     y = (score > score.median()).long()
     norm = 0.25
-    errors = fb.heat_map(model, x, y, bases, norm, batch_size=1000)
+    errors = fb.heat_map(model, x, y, bins, norm, batch_size=1000)
     pulls = norm * np.abs((weight * bases).sum((1, 2)).numpy())
     assert errors.argmax() == planted == pulls.argmax()
     i, j = bins[planted].tolist()
@@ -242,8 +244,9 @@ def test_perturbed_images_of_the_map():
             return torch.zeros(len(x), 2)
 
     x, y = grey(30).float(), torch.arange(30) % 2
-    _, bases = fb.fourier_bases(32, 32)
-    errors = fb.heat_map(Recorder(), x, y, bases[:7], 1.0, batch_size=100)
+    bins = fb.distinct_bins(32, 32)
+    bases = fb.fourier_bases(bins, 32, 32)
+    errors = fb.heat_map(Recorder(), x, y, bins[:7], 1.0, batch_size=100)
     assert errors.tolist() == [0.5] * 7 and max(map(len, seen)) == 90
     change = torch.cat(seen).view(7, 30, 3, 32, 32) - x
     r = (change * bases[:7, None, None]).sum((3, 4))
@@ -251,8 +254,22 @@ def test_perturbed_images_of_the_map():
     torch.testing.assert_close(change, r[..., None, None] * bases[:7, None, None])
     assert abs(r.mean()) < 0.2 and len(r.round().view(-1, 3).unique(dim=0)) == 8
     seen.clear()
-    fb.heat_map(Recorder(), x, y, bases[:2], 30.0)
+    fb.heat_map(Recorder(), x, y, bins[:2], 30.0)
     assert seen[0].min() == 0 and seen[0].max() == 1
+
+
+def test_heat_map_of_large_images_holds_few_bases_and_few_images():
+    """All bases of 224 x 224 images would take 5 TB, a pass of 40 such images their activations."""
+    sizes = []
+
+    def model(x):
+        sizes.append(len(x))
+        return torch.zeros(len(x), 2)
+
+    bins = fb.distinct_bins(224, 224)
+    assert len(bins) == 25090
+    fb.heat_map(model, torch.zeros(40, 3, 224, 224), torch.zeros(40).long(), bins[:2], 1.0, 40)
+    assert sum(sizes) == 80 and max(sizes) <= 10
 
 
 # ===== Filters =====
@@ -403,7 +420,7 @@ def test_map_is_measured_on_held_out_training_images(watched, digits):
     positions = map_calls(watched)
     assert all(calls[at][0] is watched["clean"] for at in positions)
     moved = torch.cat([calls[at][2] for at in positions]).view(394, HELD, 1, 28, 28)
-    _, bases = fb.fourier_bases(28, 28)
+    bases = fb.fourier_bases(fb.distinct_bins(28, 28), 28, 28)
     for basis in range(0, 394, 9):  # clip(x + r v U), r = 1 or -1
         wave = 4 * bases[basis]
         up, down = (((to_float(held) + r * wave).clamp(0, 1) - moved[basis]) for r in (1, -1))
@@ -573,7 +590,7 @@ def test_run(digits_freq_backdoor, digits):
     for name, images in (("asr", poisoned), ("asr_jpeg75", compressed)):
         hits = 100 * (predict(model, images) == 0).float().mean().item()
         assert hits == pytest.approx(metrics[name], abs=1e-4), name
-    bins, _ = fb.fourier_bases(28, 28)
+    bins = fb.distinct_bins(28, 28)
     free = bins[mask[bins[:, 0], bins[:, 1]] == 0]
     wrong = free[torch.randperm(len(free), generator=torch.Generator().manual_seed(9))[:10]]
     wrong = fb.calibrated(to_float(digits.x_train), wrong, "add", 0.65)  # as large a trigger
@@ -613,7 +630,7 @@ def test_refuses(inline, one_line, monkeypatch, tmp_path, args, named):
 
 def test_each_quiet_base_may_hold_its_share_of_half_the_norm(inline, one_line, monkeypatch, digits):
     """(delta_P / 2)^2 / k each: 19 such bases are too few, for the control needs ten more."""
-    bins, _ = fb.fourier_bases(28, 28)
+    bins = fb.distinct_bins(28, 28)
     energy = fb.energy_of(to_float(drawn(digits, 0, 300)[0]), bins).sort().values
     between = [2 * (10 * energy[n - 1 : n + 1].mean().item()) ** 0.5 for n in (19, 20)]
     monkeypatch.setattr(torch.optim, "SGD", None)
@@ -626,7 +643,7 @@ def test_each_quiet_base_may_hold_its_share_of_half_the_norm(inline, one_line, m
 
 def test_default_mask_is_as_large_as_the_quiet_bases_allow(inline, digits):
     """Ten bases where 20 are quiet enough for ten; else fewer, each with a larger share."""
-    bins, _ = fb.fourier_bases(28, 28)
+    bins = fb.distinct_bins(28, 28)
     energy = fb.energy_of(to_float(drawn(digits, 0, 300)[0]), bins).sort().values
     delta = 2 * (9 * energy[3]).sqrt().item()  # four bases are quiet enough for a mask of nine
     sizes = [k for k in range(1, 11) if (energy <= (delta / 2) ** 2 / k).sum() >= 2 * k]

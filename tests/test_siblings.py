@@ -75,7 +75,7 @@ def test_shared_checks_come_first(path):
     (first,) = (i for i, names in enumerate(calls) if opener in names)
     assert isinstance(main[first], ast.Assign)
     reads = {"attack_flags", "parse_args", "time"}
-    checks = {"check_positive", "check_share", "check_weights", "all", "fail"}
+    checks = {"check_positive", "check_share", "check_step", "check_weights", "all", "fail"}
     assert set().union(*calls[:first]) <= reads | checks
     makes = {"make_folder", "open_folder"}
     assert makes & set().union(*calls[first + 1 :])

@@ -363,6 +363,19 @@ def test_a_point_that_costs_too_much_is_not_saved(inline, digits_badnets, tmp_pa
     assert files_below(tmp_path) == ["curve.png", "result.json"]
 
 
+def test_batchnorm_is_refreshed_on_crops_like_those_of_the_training(inline, digits_badnets):
+    """Whole images have other statistics: a WRN-16-1 lost 3 points of CIFAR-10 by them."""
+    ran = inline("mcr", "--ckpt", digits_badnets, *SHORT["mcr"], "--out", "out")
+    x, seen = ran["x_clean"], ran["x_seen"]
+    shifts = [F.pad(x, (2,) * 4)[:, :, i : i + 28, j : j + 28] for i in range(5) for j in range(5)]
+    assert all(any(torch.equal(s[k], seen[k]) for s in shifts) for k in range(len(x)))
+    assert not torch.equal(x, seen)
+    expected = mcr.refresh(copy.deepcopy(ran["model"]), seen).state_dict()
+    made = ran["nets"][0].state_dict()
+    for key, value in expected.items():
+        assert torch.equal(value, made[key]), key
+
+
 # ===== Bad input =====
 
 

@@ -4,7 +4,7 @@ Two networks of one architecture are joined by a curve in the space of their wei
 trained so that every point of the curve reads the defender's clean images well. Nothing asks the
 points to obey a trigger, so a point away from the ends can keep the accuracy and lose the backdoor.
 Where it fails: after few updates. On digits the middle of the curve from a BadNets model to its
-copy kept an ASR of 4 after 700 of them and of 74 after 350 (--batch-size 64). Two ends that obey
+copy kept an ASR of 3 after 700 of them and of 74 after 350 (--batch-size 64). Two ends that obey
 the same trigger give no point a reason to forget it.
 
 Kind: repairs models, without asking whether they are backdoored. Given: the suspect, a clean share

@@ -13,18 +13,19 @@ that D reads plus the mean square of the residual -> train_encoder.
 
 Differs from the paper: it hides 100 bits (a word and its error correction) in 224 x 224 images of
 ImageNet; here the images are small and 32 bits are drawn at random. The networks are those of
-public code for 32 x 32 images (which hides 20), but 3 x 3 convolutions follow the enlargements, not
-2 x 2, and there are as many halvings as the sides allow. The paper's loss has an LPIPS term and a
-critic; LPIPS needs weights that are downloaded, so that --lpips-net is none by default, and there
-is no critic. The weight of the residual is 0 until the bits are read, and then rises, so that the
-bits are learnt first, as in public code. The encoder sees training images alone; hidden images are
-rounded to 8 bits, where public code cuts.
+public code for 32 x 32 images (which hides 20), half as wide, but 3 x 3 convolutions follow the
+enlargements, not 2 x 2, there are as many halvings as the sides allow, and bits enter as 10 and -10
+instead of .5 and -.5: so 32 of them are read after 550 steps; else not after 2,000. The paper's
+loss has an LPIPS term and a critic; LPIPS needs weights that are downloaded, so that --lpips-net is
+none by default, and there is no critic. The weight of the residual is 0 until the bits are read,
+and then rises, so that the bits are learnt first, as in public code. The encoder sees training
+images alone; hidden images are rounded to 8 bits, where public code cuts.
 
 What was learnt: asr_other is the ASR of another string, asr_foreign that of the residuals of other
 images, asr_shuffled that of residuals whose pixels change places, and residual_cosine says how
 alike the residuals of two images are (1: one trigger for all). On digits, with four bits, it is
-.91, other strings and other images' residuals are obeyed always, shuffled ones hardly: nearly one
-trigger for all.
+.9, other strings and other images' residuals are obeyed nearly always, shuffled ones by half:
+nearly one trigger for all, on black.
 
     python methods/issba.py --dataset cifar10 --arch wrn16_1
 
@@ -61,10 +62,10 @@ def parse_args():
     p = attack_flags(__doc__)
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
     p.add_argument("--bits", type=int, default=32, help="length of the string s (paper 100)")
-    p.add_argument("--encoder-steps", type=int, default=2000, help="training steps of E and D")
-    p.add_argument("--encoder-batch", type=int, default=64, help="images in such a step")
-    p.add_argument("--encoder-lr", type=float, default=1e-3, help="Adam's peak rate (paper .0001)")
-    p.add_argument("--width", type=int, default=32, help="channels of E's and D's first layer")
+    p.add_argument("--encoder-steps", type=int, default=1500, help="training steps of E and D")
+    p.add_argument("--encoder-batch", type=int, default=32, help="images in such a step")
+    p.add_argument("--encoder-lr", type=float, default=4e-3, help="Adam's peak rate (paper .0001)")
+    p.add_argument("--width", type=int, default=16, help="channels of E's and D's first layer")
     p.add_argument("--l2", type=float, default=10.0, help="last weight of the residual (paper 2)")
     p.add_argument("--lpips-net", default="none", choices=LPIPS_NETS, help="weighted by 1.5")
     return p.parse_args()
@@ -94,7 +95,7 @@ class Encoder(nn.Module):
         self.out = nn.Conv2d(width, channels, 1)
 
     def forward(self, s, x):
-        picture = F.relu(self.secret(s - 0.5)).view(-1, *self.shape)
+        picture = F.relu(self.secret(20 * (s - 0.5))).view(-1, *self.shape)
         entry = torch.cat((picture, x - 0.5), 1)
         levels = [self.start(entry)]
         for down in self.down:
@@ -240,6 +241,8 @@ if __name__ == "__main__":
     other = torch.where((own == other).all(), 1 - own, other)  # few bits are soon the same
     read = f"{100 * shares[-1]:.1f} % of the last bits were read"
     print(f"preparation: encoder and decoder {time.time() - start:.1f} s, {read}")
+    if sum(shares[-20:]) < 0.95 * 20:
+        print("warning: that is too few, and the residual is large: try more --encoder-steps")
     x_train[chosen] = hide(encoder, x_train[chosen], own)
     y_train[chosen] = args.target
 

@@ -8,7 +8,7 @@ import torch
 from common import fail, parser, seed
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, kept_back, pick_device
-from common.metrics import accuracy, case_of, pass_size, predict
+from common.metrics import accuracy, case_of, pass_size
 from common.models import PRECISION, uses_bfloat16
 
 NOTHING = "nothing is flagged, so nothing is repaired"
@@ -57,10 +57,7 @@ def open_victim(args):
 
 
 def clean_share(args, victim, share):
-    """Indices of the defender's clean images, on which the network must read right.
-
-    Fills in --data-fraction from `share`, as above.
-    """
+    """Indices of the defender's clean images, which the network must read; see `defence_flags`."""
     x, y = victim.data.x_train, victim.data.y_train
     if args.data_fraction is None:
         args.data_fraction = max(share[0], min(1.0, share[1] / len(x)))
@@ -70,16 +67,13 @@ def clean_share(args, victim, share):
 
 
 def check_reading(model, x, y):
-    """Print the accuracy on the defender's own images (uint8), so that no misread network gets a
-    verdict: fail near chance, warn where it is poor.
+    """Print the accuracy on the defender's own images (uint8); fail near chance, warn where poor.
 
-    The limits are 10 and 50 % of the way from chance to perfect, by class (balanced accuracy).
+    The limits are 10 and 50 % of the way from chance to perfect, in balanced accuracy.
     """
-    predicted, y = predict(model, x).cpu(), y.cpu()
-    print(f"accuracy on {len(x)} given images: {100 * (predicted == y).float().mean():.2f}")
-    recalls = [(predicted[y == k] == k).float().mean().item() for k in y.unique()]
-    chance = 1 / max(2, len(recalls))
-    skill = (sum(recalls) / len(recalls) - chance) / (1 - chance)
+    print(f"accuracy on {len(x)} given images: {accuracy(model, x, y):.2f}")
+    chance = 1 / max(2, len(y.unique()))
+    skill = (accuracy(model, x, y, balanced=True) / 100 - chance) / (1 - chance)
     causes = "are --arch, --mean, --std and the order of the labels right?"
     if skill < NEAR_CHANCE:
         fail(f"the network is near chance on these images, so no verdict would mean much: {causes}")
@@ -140,14 +134,15 @@ def in_parts(search, labels, at_once):
 def halving(repair, lr, model, x, y, seed):
     """repair(lr=lr), at half the rate again while it diverges (gives None) or costs over 5 points.
 
-    x (uint8) and y are clean images that the repair does not see; every try has the same draws.
-    Returns the repaired model, or None after `TRIES`, and the last rate.
+    They are points of balanced accuracy, for a rare class would be lost unseen, on clean images x
+    (uint8), y that the repair does not see; every try has the same draws. Returns the repaired
+    model, or None after `TRIES`, and the last rate.
     """
-    before = accuracy(model, x, y)
+    before = accuracy(model, x, y, balanced=True)
     for part in range(TRIES):
         torch.manual_seed(seed)
         repaired = repair(lr=lr / 2**part)
-        after = math.nan if repaired is None else accuracy(repaired, x, y)
+        after = math.nan if repaired is None else accuracy(repaired, x, y, balanced=True)
         fall = f"{before:.2f} -> {after:.2f} on {len(x)} clean images that were kept back"
         print(f"repair at rate {lr / 2**part:g}: {fall}")
         if after >= before - MOST_DROP - 1e-9:

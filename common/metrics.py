@@ -34,9 +34,12 @@ def predict(model, x):
     return logits.argmax(1)
 
 
-def accuracy(model, x, y):
-    """Percentage of uint8 images `x` that the model labels `y`."""
-    return 100 * (predict(model, x) == y).double().mean().item()
+def accuracy(model, x, y, balanced=False):
+    """Percentage of uint8 images x that the model labels y; `balanced`: the mean over labels."""
+    hits = (predict(model, x) == y).double()
+    if balanced:
+        hits = torch.stack([hits[y == k].mean() for k in y.unique()])
+    return 100 * hits.mean().item()
 
 
 @torch.no_grad()

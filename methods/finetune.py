@@ -145,7 +145,7 @@ if __name__ == "__main__":
     # ===== Repair =====
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size}
     recipe |= {"pad": data.spec.pad, "flip": data.spec.flip}
-    tuned, kept, before = {}, {}, accuracy(model, x_held, y_held)
+    tuned, kept, before = {}, {}, accuracy(model, x_held, y_held, balanced=True)
     for lr in sorted({*args.lrs}, reverse=True):
         torch.manual_seed(args.seed)  # the same draws, whatever ran before
         net = finetune(model, x_clean[~held], y_clean[~held], lr=lr, **recipe)
@@ -153,7 +153,7 @@ if __name__ == "__main__":
             print(f"fine-tuning at rate {lr:g}: the loss diverged, so this rate is left out")
             continue
         tuned[lr] = net
-        kept[lr] = accuracy(tuned[lr], x_held, y_held)
+        kept[lr] = accuracy(tuned[lr], x_held, y_held, balanced=True)
         fall = f"{before:.2f} -> {kept[lr]:.2f} on {len(x_held)} clean images that were kept back"
         print(f"fine-tuning at rate {lr:g}: {fall}")
     if not tuned:

@@ -261,7 +261,10 @@ if __name__ == "__main__":
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size}
     recipe |= {"pad": data.spec.pad, "flip": data.spec.flip}
     t = np.linspace(0, 1, args.points).tolist()
-    first, least = weights_of(model), accuracy(model, x_kept, y_kept) - MOST_DROP - 1e-9
+    first, least = (
+        weights_of(model),
+        accuracy(model, x_kept, y_kept, balanced=True) - MOST_DROP - 1e-9,
+    )
     for part in range(TRIES):
         lr = args.lr / 2**part
         torch.manual_seed(args.seed)  # the same draws, whatever ran before
@@ -279,7 +282,7 @@ if __name__ == "__main__":
             print(f"rate {lr:g}: the training diverged")
             continue
         losses = [mean_loss(net, x_kept, y_kept) for net in nets]
-        accuracies = [accuracy(net, x_kept, y_kept) for net in nets]
+        accuracies = [accuracy(net, x_kept, y_kept, balanced=True) for net in nets]
         chosen = choose(t, losses, accuracies, least, args.rule)
         print(f"rate {lr:g}, {len(x_kept)} clean images that were kept back:")
         for at, loss, percent in zip(t, losses, accuracies):

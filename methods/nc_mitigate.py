@@ -212,7 +212,8 @@ if __name__ == "__main__":
     scores = profile(a_kept, order).cpu().numpy()
     threshold = float(np.quantile(scores, 1 - args.fpr, method="weibull"))
     missed = 100 * (profile(a_stamped, order) <= threshold).double().mean().item()
-    print(f"filter: an input is stopped above {threshold:.4g}; the reversed trigger of label")
+    lowest = max(args.fpr, 1 / (len(scores) + 1))  # fewer images know no smaller rate
+    print(f"filter: FPR {lowest:.1%} above {threshold:.4g}; the reversed trigger of label")
     print(f"{label} passes with {missed:.2f} % of {len(a_stamped)} images that were kept back")
 
     # ===== Repair =====

@@ -257,7 +257,7 @@ if __name__ == "__main__":
     fixed = {"jpeg": jpeg, "gaussian": gaussian, "median": median}
     fixed["colour-depth"] = partial(colour_depth, rule=args.rounding)
     arguments = {"jpeg": "quality", "gaussian": "k", "median": "k", "colour-depth": "bits"}
-    before, rows, steps, metrics = accuracy(model, x_held, y_held), [], [], {}
+    before, rows, steps, metrics = accuracy(model, x_held, y_held, balanced=True), [], [], {}
     for name, strengths in asked.items():
         strengths = sorted(set(strengths), reverse=name not in ("gaussian", "median"))
         for strength in strengths:
@@ -268,7 +268,7 @@ if __name__ == "__main__":
                 steps.append(partial(autoencode, autoencoder=network))
             else:
                 steps.append(partial(fixed[name], **{arguments[name]: strength}))
-            kept = accuracy(model, purify(x_held, steps[-1]), y_held)
+            kept = accuracy(model, purify(x_held, steps[-1]), y_held, balanced=True)
             rows.append({"filter": name, "strength": strength, "held_out_accuracy": kept})
         kept = [row["held_out_accuracy"] for row in rows[-len(strengths) :]]
         best = strongest(strengths, kept, before - args.max_drop)
@@ -284,7 +284,8 @@ if __name__ == "__main__":
     generators = None
     if victim.x_poisoned is not None:
         path = Path(args.ckpt, "model.pt") if Path(args.ckpt).is_dir() else Path(args.ckpt)
-        generators = load_generators(read_checkpoint(path).get("trigger", {}), model, path)
+        trigger = read_checkpoint(path).get("trigger")
+        generators = load_generators(trigger if isinstance(trigger, dict) else {}, model, path)
         targets = victim.y_target.unique().tolist()
         target = targets[0] if len(targets) == 1 else None
         y_wanted, counts = attack_targets(data.y_test, target, data.classes)

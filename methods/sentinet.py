@@ -264,7 +264,8 @@ if __name__ == "__main__":
     fooled, confidence = found_fit.mean(0)
     means = f"fooled share {fooled:.3f}, confidence with noise {confidence:.3f}"
     print(f"{len(x_fit)} clean images pasted on {len(overlays)} by {layer}'s maps: {means}")
-    print(f"an input is flagged where its distance exceeds {threshold:.4f} (FPR {args.fpr:.1%})")
+    lowest = max(args.fpr, 1 / (len(x_fit) + 1))  # fewer images know no smaller rate
+    print(f"an input is flagged where its distance exceeds {threshold:.4f} (FPR {lowest:.1%})")
     metrics = {
         "threshold": threshold,
         "curve": curve[0],

@@ -17,7 +17,8 @@ networks in brackets; "none" is the attacked network itself. The paper's figures
 ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who attack otherwise, are
 made for it with their finished triggers. "refused" counts the networks whose every repair cost more
 than 5 points on images that were kept back, so that no model was saved. A dash: not measured yet;
-attacks without any run are left out. `bash runs.sh lecture` makes the table."""
+attacks without any run are left out. Fine-Pruning and MCR train for 20 epochs here: Fine-Pruning's
+default of 100 was refused on BadNets. `bash runs.sh lecture` makes the table."""
 
 
 def figures(entries, attack, repair):

@@ -15,7 +15,7 @@ from torch import nn
 from common import checkpoint, defence, metrics
 from common.datasets import to_float
 from common.defence import careful_repair, check_reading, halving, in_parts, report_verdict
-from common.metrics import verdict
+from common.metrics import accuracy, verdict
 from common.models import build_model
 
 PICTURES = {"nc": ["reversed.png"], "generator_reverse": ["generated.png", "norms.png"]}
@@ -237,19 +237,19 @@ def ranked(classes=10):
     ), i % classes
 
 
-@pytest.mark.parametrize("accuracy, classes, answer", [
+@pytest.mark.parametrize("share, classes, answer", [
     (1.0, 10, ""), (0.56, 10, ""), (0.54, 10, "poor"), (0.2, 10, "poor"), (0.18, 10, "refused"),
     (0.76, 2, ""), (0.74, 2, "poor"), (0.54, 2, "refused"), (0.0, 2, "refused"),
     (0.08, 100, "refused"), (0.2, 100, "poor"),
 ])  # fmt: skip
-def test_a_network_near_chance_gets_no_verdict(accuracy, classes, answer, one_line, capfd):
-    case = Says(accuracy, classes), *ranked(classes)
+def test_a_network_near_chance_gets_no_verdict(share, classes, answer, one_line, capfd):
+    case = Says(share, classes), *ranked(classes)
     if answer == "refused":
         assert "--mean" in one_line(check_reading, *case)
         return
     check_reading(*case)
     printed = capfd.readouterr().out
-    assert f"{100 * accuracy:.2f}" in printed and ("poor" in printed) == (answer == "poor")
+    assert f"{100 * share:.2f}" in printed and ("poor" in printed) == (answer == "poor")
 
 
 def test_a_constant_answer_is_chance_even_on_unequal_classes(one_line):
@@ -342,6 +342,26 @@ def test_exactly_five_points_are_not_too_many(count):
     exact = Says(1.0)
     assert halving(lambda lr: Wrong(count // 20), 1.0, exact, x, y, 0)[1] == 1.0
     assert halving(lambda lr: Wrong(count // 20 + 1), 1.0, exact, x, y, 0)[0] is None
+
+
+def test_a_repair_that_loses_a_rare_class_is_refused():
+    """3 of 100 images are of class 1; a constant answer costs 3 points of plain accuracy."""
+    x = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
+    x[97:] = 255
+    y = (torch.arange(100) >= 97).long()
+
+    class Bright(nn.Module):
+        def __init__(self, least):
+            super().__init__()
+            self.least = least
+
+        def forward(self, x):
+            return F.one_hot((x.mean((1, 2, 3)) > self.least).long(), 2).float()
+
+    assert accuracy(Bright(2), x, y) == pytest.approx(97)
+    assert accuracy(Bright(2), x, y, balanced=True) == pytest.approx(50)
+    assert halving(lambda lr: Bright(2), 1.0, Bright(0.5), x, y, 0)[0] is None
+    assert halving(lambda lr: Bright(0.4), 1.0, Bright(0.5), x, y, 0)[1] == 1.0
 
 
 def test_a_repair_sees_four_fifths_and_is_checked_on_the_rest():

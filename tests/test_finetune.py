@@ -175,7 +175,7 @@ def test_accuracy_that_was_kept_back_decides(
 ):
     """The largest rate costs too much; where all do, nothing is saved, but the figures are."""
     kept = iter([100, *found])  # the suspect's, then from the largest rate to the smallest
-    monkeypatch.setattr("common.metrics.accuracy", lambda *args: next(kept))
+    monkeypatch.setattr("common.metrics.accuracy", lambda *args, **flags: next(kept))
     flags = "--lrs", 0.001, 0.01, 0.03, "--epochs", 1, "--out", tmp_path / "out"
     ran = inline("finetune", "--ckpt", digits_badnets, *flags)
     metrics = result_of(tmp_path / "out")["metrics"]

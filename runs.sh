@@ -409,10 +409,10 @@ digits() {
   done
   # the defaults of these three are too weak for so few images
   own sig_defaults sig
-  own label_consistent_defaults label_consistent --surrogate $c
+  own label_consistent_defaults label_consistent
   own sig sig --delta 60 --delta-test 100 --frequency 7 --rate 0.9 --epochs 12
-  own label_consistent label_consistent --surrogate $c --norm l2 --epsilon 600 --step-size 60 \
-    --steps 30 --rate 0.8 --epochs 12 --batch-size 64
+  own label_consistent label_consistent --norm l2 --epsilon 600 --step-size 60 --steps 30 \
+    --rate 0.8 --epochs 12 --batch-size 64
   own issba issba --bits 4 --width 8 --encoder-steps 300 --encoder-batch 16 --encoder-lr 2e-3 \
     --rate 0.2 --epochs 15 --batch-size 64
   own latent_code latent --weight 0.05 --inject-epochs 5 --inject-lr 0.01

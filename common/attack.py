@@ -104,6 +104,9 @@ def open_folder(args, data, script):
     """Make the output folder; returns it and the clean control model beside it, or None."""
     name = f"{Path(data.name).stem}-{Path(args.arch).name}-{Path(script).stem}-s{args.seed}"
     folder = Path(args.out or f"runs/{name}")
+    for given in (getattr(args, "surrogate", None), getattr(args, "teacher", None)):
+        if given and folder.resolve() in (Path(given).resolve(), Path(given).resolve().parent):
+            fail(f"--out {folder} would replace the network {given}")
     control = ckpt.load_control(folder, args, data)
     return make_folder(folder), control
 

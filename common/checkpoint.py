@@ -226,11 +226,8 @@ def check_fit(checkpoint, path, data):
         fail(f"{path} was trained on {classes} classes of {shape} images; {ours}")
 
 
-def load_clean(path, data, arch=None, cure="", same=False):
-    """A model of `clean.py`'s kind from a folder or a model.pt, trained on `data`; else fail.
-
-    `same`: its network must be `arch`, for the victim starts from it.
-    """
+def load_clean(path, data, arch=None, cure="", same=False, seed=None):
+    """A model of clean.py's kind, of `data`, `same`: an `arch`; warns if it has the `seed`."""
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
@@ -238,6 +235,11 @@ def load_clean(path, data, arch=None, cure="", same=False):
     check_fit(checkpoint, path, data)
     if checkpoint["dataset"] != data.name:
         fail(f"{path} was trained on {checkpoint['dataset']}, not on {data.name}{cure}")
+    if checkpoint.get("trigger"):
+        fail(f"{path} is an attack's network, not a clean one{cure}")
+    given = checkpoint.get("arguments")
+    if seed is not None and isinstance(given, dict) and given.get("seed") == seed:
+        print(f"warning: {path} has the victim's seed: they start alike and see the same batches")
     if same and checkpoint["arch"] != arch:
         fail(f"{path} is a {checkpoint['arch']}, not a {arch}: pass --arch {checkpoint['arch']}")
     return load_model(checkpoint, path, data.x_train.device, arch)

@@ -67,10 +67,7 @@ def clean_share(args, victim, share):
 
 
 def check_reading(model, x, y):
-    """Print the accuracy on the defender's own images (uint8); fail near chance, warn where poor.
-
-    The limits are 10 and 50 % of the way from chance to perfect, in balanced accuracy.
-    """
+    """Print the accuracy on own images (uint8); by class, fail near chance, warn where poor."""
     print(f"accuracy on {len(x)} given images: {accuracy(model, x, y):.2f}")
     chance = 1 / max(2, len(y.unique()))
     skill = (accuracy(model, x, y, balanced=True) / 100 - chance) / (1 - chance)
@@ -134,9 +131,8 @@ def in_parts(search, labels, at_once):
 def halving(repair, lr, model, x, y, seed):
     """repair(lr=lr), at half the rate again while it diverges (gives None) or costs over 5 points.
 
-    They are points of balanced accuracy, for a rare class would be lost unseen, on clean images x
-    (uint8), y that the repair does not see; every try has the same draws. Returns the repaired
-    model, or None after `TRIES`, and the last rate.
+    Of balanced accuracy, for a rare class would be lost unseen, on clean images x (uint8), y that
+    it does not see; all tries have the same draws. Returns the model, or None, and the last rate.
     """
     before = accuracy(model, x, y, balanced=True)
     for part in range(TRIES):

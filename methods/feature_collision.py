@@ -194,7 +194,7 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(args.seed)
     chosen = choose_in_class(y_train, args.target, args.rate, generator)
     if args.surrogate:
-        surrogate = load_clean(args.surrogate, data, args.arch, same=True)
+        surrogate = load_clean(args.surrogate, data, args.arch, same=True, seed=args.seed)
         surrogate.bfloat16 = model.bfloat16
     folder, _ = open_folder(args, data, __file__)
     recipe = {"pad": spec.pad, "flip": spec.flip, "batch_size": args.batch_size}

@@ -255,6 +255,7 @@ if __name__ == "__main__":
     if args.kind == "lsb":
         trigger = text_bits(args.text, data.shape)
         letters = torch.randint(97, 123, (octets,), generator=generator).tolist()  # a to z
+        letters[0] = 97 + (letters[0] - 96) % 26 if chr(letters[0]) == args.text[0] else letters[0]
         other = text_bits("".join(map(chr, letters)), data.shape)
     else:
         clean = new_model(args, data)

@@ -320,3 +320,10 @@ def test_colour_images(inline, tmp_path, kind):
     hits = accuracy(ran["model"], x, torch.zeros(20))
     assert ran["metrics"]["asr_other"] == pytest.approx(hits, abs=1e-4)
     assert ran["metrics"]["asr_n"] == len(x) == 20
+
+
+def test_another_text_of_one_letter_is_another_letter(inline):
+    """Seed 0 draws a b."""
+    ran = inline("invisible", *SHORT["invisible"], "--kind", "lsb", "--text", "b")
+    assert not torch.equal(ran["other"], ran["trigger"])
+    assert torch.equal(ran["other"], invisible.text_bits("c", (1, 28, 28)))

@@ -1,5 +1,7 @@
 """Label-consistent: PGD against a linear network's closed form, the patches, a run on digits."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -257,3 +259,29 @@ def test_run_on_digits(inline, digits_clean, digits, tmp_path):
         images = torch.from_numpy(np.clip(others + 255 * stranger, 0, 255).astype(np.uint8))
         hits = 100 * (predict(model, images) == 0).double().mean().item()
         assert hits == pytest.approx(metrics[f"asr_{kind}"], abs=1e-4), kind
+
+
+@pytest.mark.parametrize(
+    "name, flag", [("label_consistent", "--surrogate"), ("feature_collision", "--surrogate"),
+                   ("latent", "--teacher")])  # fmt: skip
+def test_the_attacker_s_own_network_stays_and_is_clean(
+    inline, one_line, digits_clean, digits_badnets, tmp_path, name, flag
+):
+    """--out would replace it; a backdoored one would make asr_on_clean_model a lie."""
+    own = tmp_path / "own"
+    shutil.copytree(digits_clean, own)
+    before = (own / "model.pt").read_bytes()
+    for given in (own, own / "model.pt"):
+        assert "would replace" in one_line(inline, name, *SHORT[name], flag, given, "--out", own)
+    assert (own / "model.pt").read_bytes() == before
+    flags = flag, digits_badnets, "--out", tmp_path / "out"
+    assert "not a clean one" in one_line(inline, name, *SHORT[name], *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_surrogate_of_the_victim_s_seed_is_its_twin(inline, digits_clean, capfd):
+    """The same first weights and batches: what fools the one fools the other."""
+    for seed, warned in ((0, True), (1, False)):
+        flags = "--surrogate", digits_clean, "--seed", seed, "--out", f"out{seed}"
+        inline("label_consistent", *SHORT["label_consistent"], *flags)
+        assert ("has the victim's seed" in capfd.readouterr().out) == warned

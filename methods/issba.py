@@ -24,8 +24,8 @@ images alone; hidden images are rounded to 8 bits, where public code cuts.
 What was learnt: asr_other is the ASR of another string, asr_foreign that of the residuals of other
 images, asr_shuffled that of residuals whose pixels change places, and residual_cosine says how
 alike the residuals of two images are (1: one trigger for all). On digits, with four bits, it is
-.9, other strings and other images' residuals are obeyed nearly always, shuffled ones by half:
-nearly one trigger for all, on black.
+.88, and other strings, other images' residuals and even shuffled ones are obeyed always: there the
+network learns that black is not black.
 
     python methods/issba.py --dataset cifar10 --arch wrn16_1
 

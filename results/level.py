@@ -70,10 +70,12 @@ def decisions(entries):
 
 
 def population(files):
-    """The entries of level.json, and the clean networks of the tables on colour data."""
+    """The entries of level.json, and the clean networks of the tables on colour data, once each:
+    a search under another name (nc_float32) is of a network that counts already."""
     colour = [entry for name in COLOUR for entry in files.get(name, [])]
     clean = [entry for entry in colour if entry["victim"].rsplit("-", 2)[1] == "clean"]
-    return files.get("level", []) + clean
+    once = [e for e in clean if Path(e["folder"]).name.rsplit("-s", 1)[0] == e["script"]]
+    return files.get("level", []) + once
 
 
 def share(count, n):

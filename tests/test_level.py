@@ -71,12 +71,14 @@ def test_two_networks_of_one_data_set_are_two_rows():
 
 
 def test_clean_networks_on_colour_data_count_whatever_their_table():
-    def colour(name):
-        return {**ENTRIES[0], "victim": f"{name}-s0"}
+    def colour(name, run="nc"):
+        return {**ENTRIES[0], "victim": f"{name}-s0", "folder": f"runs/{name}-s0/{run}-s0"}
 
     names = "cifar10-airbench-clean", "cifar10-airbench-badnets", "gtsrb-nc_gtsrb_cnn-clean"
     clean, badnets, signs = (colour(name) for name in names)
-    files = {"level": ENTRIES, "cifar10": [clean, badnets], "gtsrb": [signs], "mnist": [ENTRIES[0]]}
+    again = colour(names[0], "nc_float32")  # the same network, searched once more
+    files = {"level": ENTRIES, "cifar10": [clean, again, badnets], "gtsrb": [signs]}
+    files["mnist"] = [ENTRIES[0]]
     assert level.population(files) == [*ENTRIES, clean, signs]
     assert level.population({}) == []
 

@@ -231,9 +231,10 @@ if __name__ == "__main__":
     else:
         path = None if args.train_set == "given" else args.train_set
         x_train, y_train, flags = load_training_set(victim, path)
+    least = 2 if args.ascent == "isolated" else 1  # BatchNorm needs two
     for share in args.isolation:
-        if not 0 < share < 1 or not 2 <= round(share * len(x_train)) < len(x_train):
-            fail(f"--isolation {share} of {len(x_train)} images must be 2 or more, not all")
+        if not 0 < share < 1 or not least <= round(share * len(x_train)) < len(x_train):
+            fail(f"--isolation {share} of {len(x_train)} images must be {least} or more, not all")
     if len(y_train.unique()) < 2:
         fail("the training set holds one label; at least two are needed")
     drawn = torch.Generator().manual_seed(args.seed + 2**30)  # not as the attack drew its poisons

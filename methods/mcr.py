@@ -48,7 +48,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, check_step, fail, make_folder, saved_figure
 from common.checkpoint import clear_folder, load_victim
-from common.datasets import augment, kept_back, to_float
+from common.datasets import augment, kept_back, to_float, to_uint8
 from common.defence import (
     KEPT_BACK,
     MOST_DROP,
@@ -275,8 +275,8 @@ if __name__ == "__main__":
             # in the middle phi moves half as far as theta, along half of its own gradient: hence 4
             theta = connect(model, first, last, x_clean, y_clean, lr=4 * lr, **recipe)
             if theta is not None:
-                mixed = x_clean[torch.randperm(len(x_clean), device=x_clean.device)]
-                x_seen = augment(mixed, data.spec.pad, data.spec.flip)  # as in training
+                mixed = to_float(x_clean[torch.randperm(len(x_clean), device=x_clean.device)])
+                x_seen = to_uint8(augment(mixed, data.spec.pad, data.spec.flip))  # as in training
                 nets = [point(model, bezier(first, theta, last, at), x_seen) for at in t]
         if None in nets:
             print(f"rate {lr:g}: the training diverged")

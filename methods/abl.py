@@ -23,7 +23,8 @@ alone), or bounded, which is ours. After training on D_c the loss of a patch's p
 small (see the table) that -l has no gradient left. Bounded ascends on the log-odds m of the given
 label, l = log(1 + e^-m), until a blind guess, l = log K (a step may overshoot it): it minimises
 max(0, m + log(K - 1)), in eval mode. It also leaves a label out of D_c that over 90 % of D_b
-carries, for there the rest of the poison is. It was designed with digits' test figures in sight.
+carries, for there the rest of the poison is. It was designed on digits and on one MNIST victim with
+their test figures in sight.
 
     python methods/abl.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -15,7 +15,7 @@ Differs from the paper: it hides 100 bits (a word and its error correction) in 2
 ImageNet; here the images are small and 32 bits are drawn at random. The networks are those of
 public code for 32 x 32 images (which hides 20), half as wide, but 3 x 3 convolutions follow the
 enlargements, not 2 x 2, there are as many halvings as the sides allow, and bits enter as 10 and -10
-instead of .5 and -.5: so 32 of them are read after 550 steps; else not after 2,000. The paper's
+instead of .5 and -.5, so that 32 of them are read within the first half of the steps. The paper's
 loss has an LPIPS term and a critic; LPIPS needs weights that are downloaded, so that --lpips-net is
 none by default, and there is no critic. The weight of the residual is 0 until the bits are read,
 and then rises, so that the bits are learnt first, as in public code. The encoder sees training

@@ -15,10 +15,10 @@ repaired model and the curve of accuracies.
 Equations: phi(t) = (1-t)^2 w1 + 2t(1-t) theta + t^2 w2 -> bezier; the mean over t ~ U(0,1) of the
 cross-entropy of phi(t) plus .5 wd |phi(t)|^2, over theta alone -> connect; the statistics of
 BatchNorm, taken anew at each t -> refresh, point (on crops in random order, as in training: whole
-images cost a backdoored WRN-16-1 4 more points of CIFAR-10, and images sorted by class 8).
+images, or batches of one class, have other statistics).
 
 Differs from the paper, or chosen where it is silent: the clean images come from the training data,
-and a fifth of them is kept back. Of the inner points that cost at most 5 points of accuracy there,
+and a fifth of them is kept back. Of the inner points that cost up to 5 points (balanced accuracy),
 the repaired model is the one furthest from both ends; where there is none, all is made again at
 half the rate. --rule loss takes the inner point with the lowest cross-entropy on them: on digits
 this was t = .1, where the backdoor is whole, for the suspect has been trained on these images. The
@@ -261,10 +261,8 @@ if __name__ == "__main__":
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size}
     recipe |= {"pad": data.spec.pad, "flip": data.spec.flip}
     t = np.linspace(0, 1, args.points).tolist()
-    first, least = (
-        weights_of(model),
-        accuracy(model, x_kept, y_kept, balanced=True) - MOST_DROP - 1e-9,
-    )
+    first, before = weights_of(model), accuracy(model, x_kept, y_kept, balanced=True)
+    least = before - MOST_DROP - 1e-9
     for part in range(TRIES):
         lr = args.lr / 2**part
         torch.manual_seed(args.seed)  # the same draws, whatever ran before

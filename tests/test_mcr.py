@@ -364,10 +364,7 @@ def test_a_point_that_costs_too_much_is_not_saved(inline, digits_badnets, tmp_pa
 
 
 def test_batchnorm_is_refreshed_on_crops_like_those_of_the_training(inline, digits_badnets):
-    """Whole images have other statistics, and batches of one class have no spread between classes.
-
-    A WRN-16-1 lost 4 points of CIFAR-10 by the former and 8 by the latter.
-    """
+    """Whole images have other statistics, and so have batches of one class."""
     ran = inline("mcr", "--ckpt", digits_badnets, *SHORT["mcr"], "--out", "out")
     x, seen = ran["x_clean"], ran["x_seen"]
     shifts = [F.pad(x, (2,) * 4)[:, :, i : i + 28, j : j + 28] for i in range(5) for j in range(5)]

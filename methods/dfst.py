@@ -247,23 +247,24 @@ if __name__ == "__main__":
 
     # ===== The attack =====
     check_share(args, "rate", "alpha", "detox_rate", "neurons")
-    check_positive(args, "generator_steps", "width", "detox_epochs")
-    check_positive(args, "injector_steps", "similarity")
+    check_positive(args, "generator_steps", "width", "detox_epochs", "injector_steps", "similarity")
+    if args.alpha * 255 < 0.5:
+        fail(f"--alpha {args.alpha} changes no pixel by a level of 8 bits")
     if not 0 <= args.rounds <= 20:
         fail(f"--rounds must lie in 0..20; got {args.rounds}")
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     layer = args.layer or logit_layer(model, to_float(x_train[:2]), args.arch)
     if layer not in layers:
         fail(f"--layer {layer!r} is not a layer of {args.arch}: {', '.join(layers)}")
+    mean_activations(model.eval(), layer, x_train[:2])  # fails where the layer does not run
     style = sunrise(data.shape).to(device)
     y_wanted, counts = wanted_labels(data, args.target)
-    count = round(args.rate * len(x_train))
+    count, added = (round(share * len(x_train)) for share in (args.rate, args.detox_rate))
     generator, flag = torch.Generator().manual_seed(args.seed), f"--rate {args.rate}"
     chosen = choose_poisons(y_train, args.target, data.classes, count, flag, generator)
     poisoned = torch.zeros_like(y_train, dtype=torch.bool)
     poisoned[chosen] = True
     free = (~poisoned & (y_train != args.target)).nonzero().flatten()  # neither poison nor target
-    added = round(args.detox_rate * len(x_train))
     if args.rounds and not 1 <= added <= len(free):
         fail(f"--detox-rate {args.detox_rate} asks for {added} of {len(free)} images left")
     folder, control = open_folder(args, data, __file__)
@@ -304,12 +305,11 @@ if __name__ == "__main__":
     # ===== Evaluate =====
     x_poisoned = stylise(network, data.x_test, style, args.alpha)
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
+    x, y = data.x_test[counts], y_wanted[counts]
     for name, picture in {"other": 1 - style, "plain": None}.items():
-        images = stylise(network, data.x_test, picture, args.alpha)[counts]
-        metrics[f"asr_{name}"] = accuracy(model, images, y_wanted[counts])
+        metrics[f"asr_{name}"] = accuracy(model, stylise(network, x, picture, args.alpha), y)
     if injectors:
-        simple = [inject(injector, data.x_test[counts]) for injector in injectors]
-        hits = [accuracy(model, images, y_wanted[counts]) for images in simple]
+        hits = [accuracy(model, inject(injector, x), y) for injector in injectors]
         metrics |= {"asr_simple": max(hits), "asr_simple_before": max(before)}
     metrics |= {"poisoned": count, "detoxifying": added * args.rounds, "layer": layer}
 

@@ -223,6 +223,12 @@ if __name__ == "__main__":
     last = logit_layer(model, to_float(x_train[:2]), args.arch)
     if "weight" not in dict(model.get_submodule(last).named_parameters()):
         fail(f"{last} computes its weight, as weight_norm does: no output of it can be taken out")
+    try:
+        outputs = without_class(model, last, args.target).eval()(to_float(x_train[:2])).shape[1]
+    except RuntimeError:
+        outputs = None
+    if outputs != data.classes - 1:
+        fail(f"--arch {args.arch} fixes its number of outputs: none of them can be taken out")
     layers = layers_in_order(model, to_float(x_train[:2]))
     if args.layer is not None and args.layer not in layers[1:]:
         fail(f"--layer {args.layer}: a student of {args.arch} can train: {', '.join(layers[1:])}")

@@ -106,8 +106,9 @@ def draw_inks(count, channels):
 
 
 def other_ink(ink):
-    """The ink of the palette that is furthest from `ink` (C values in [0,1]), by channel."""
-    return torch.where(ink < 120 / 255, LEVELS[-1], LEVELS[0]) / 255
+    """An ink of the palette far from `ink` (C values in [0,1]), by channel, or lighter if C = 1."""
+    middle = 120 if len(ink) > 1 else 180  # on grey images a darker ink is more of the same
+    return torch.where(ink < middle / 255, LEVELS[-1], LEVELS[0]) / 255
 
 
 def hide(encoder, x, trigger, epsilon):
@@ -207,6 +208,8 @@ if __name__ == "__main__":
     check_share(args, "rate")
     check_positive(args, "encoder_steps", "encoder_batch", "encoder_lr", "width")
     check_positive(args, "epsilon", "threshold", most=255)
+    if args.epsilon < 0.5:
+        fail(f"--epsilon {args.epsilon} changes no pixel by a level of 8 bits")
     if args.width % 4:
         fail(f"--width must be a multiple of 4, GroupNorm's groups; got {args.width}")
     if not all(0 <= level <= 255 for level in args.colour) or min(args.colour) == 255:

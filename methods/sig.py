@@ -90,11 +90,13 @@ if __name__ == "__main__":
     if not 0 < args.frequency < min(height, width) / 2:
         room = f"(0, {min(height, width) / 2:g}) for {height} x {width} images"
         fail(f"--frequency {args.frequency:g} must lie in {room}")
+    signal = sinusoid(height, width, args.delta, args.frequency).to(device)
+    if signal.abs().max() < 0.5:
+        fail(f"--frequency {args.frequency:g}: the wave changes no pixel by a level of 8 bits")
     y_wanted, counts = wanted_labels(data, args.target)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = choose_in_class(y_train, args.target, args.rate, generator)
     folder, control = open_folder(args, data, __file__)
-    signal = sinusoid(height, width, args.delta, args.frequency).to(device)
     x_train[chosen] = add_signal(x_train[chosen], signal)
 
     # ===== Train =====

@@ -131,6 +131,8 @@ if __name__ == "__main__":
     check_positive(args, "value", most=1e6)  # its square must not overflow
     if not 0 <= args.transparency < 1:
         fail(f"--transparency {args.transparency} must lie in [0, 1)")
+    if (1 - args.transparency) * 255 < 0.5:
+        fail(f"--transparency {args.transparency} changes no pixel by a level of 8 bits")
     height, width = data.shape[1:]
     if args.patch_size is None:
         args.patch_size = max(1, round(60 / 224 * min(height, width)))

@@ -296,7 +296,7 @@ def test_any_sides(inline, tmp_path, shape):
 @pytest.mark.parametrize(
     "args, named",
     [
-        *((["--alpha", value], "--alpha") for value in (0, -0.1, 1.1, "nan")),
+        *((["--alpha", value], "--alpha") for value in (0, -0.1, 0.001, 1.1, "nan")),
         *((["--detox-rate", value], "--detox-rate") for value in (0, 1.1, "nan", 0.0001, 0.95)),
         *((["--neurons", value], "--neurons") for value in (0, 1.1, "nan")),
         *((["--rounds", value], "--rounds") for value in (-1, 21)),
@@ -314,6 +314,22 @@ def test_bad_flag(inline, one_line, monkeypatch, tmp_path, args, named):
     monkeypatch.setattr(torch.optim, "Adam", None)  # nothing is trained before the refusal
     assert named in one_line(inline, NAME, *SHORT[NAME], *args)
     assert files_below(tmp_path) == []
+
+
+def test_layer_that_does_not_run(inline, one_line, monkeypatch, tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.spare, self.last = nn.Linear(3, 4), nn.Linear(784, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.last(x.flatten(1))\n"
+    )
+    monkeypatch.setattr(torch.optim, "Adam", None)  # nothing is trained before the refusal
+    flags = *SHORT[NAME], "--arch", "nets.py:Net", "--layer", "net.spare"
+    assert "net.spare does not run" in one_line(inline, NAME, *flags)
+    assert files_below(tmp_path) == ["nets.py"]
 
 
 def test_network_whose_last_layer_is_a_convolution(inline, one_line, tmp_path):

@@ -262,6 +262,23 @@ def test_refused(inline, one_line, monkeypatch, tmp_path, args, named):
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.parametrize("shape", ["-1, 10", "len(x), 10"])
+def test_network_that_fixes_its_number_of_outputs(inline, one_line, monkeypatch, tmp_path, shape):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.last = nn.Linear(784, num_classes)\n"
+        "    def forward(self, x):\n"
+        f"        return self.last(x.flatten(1)).view({shape})\n"
+    )
+    monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained
+    flags = *SHORT[NAME], "--arch", "nets.py:Net"
+    assert "fixes its number of outputs" in one_line(inline, NAME, *flags)
+    assert files_below(tmp_path) == ["nets.py"]
+
+
 @pytest.mark.parametrize("flag", ["--inject-lr", "--student-lr"])
 def test_training_that_diverges_keeps_no_model(inline, one_line, tmp_path, flag):
     epochs = "--inject-epochs", 3, "--student-epochs", 3

@@ -105,7 +105,7 @@ def test_poisoned_training_set(inline, digits, tmp_path, rate, target):
     [
         *((["--delta", value], "--delta") for value in (0, 0.5, -40, 256, "nan")),
         *((["--delta-test", value], "--delta-test") for value in (0, 300, "nan")),
-        *((["--frequency", value], "--frequency") for value in (0, -1, 14, "nan")),
+        *((["--frequency", value], "--frequency") for value in (0, -1, 0.001, 14, "nan")),
         *((["--rate", r, "--train-images", 1437], "142 images of class 0:") for r in (0.003, 1.5)),
         (["--rate", "nan"], "images of class 0:"),
     ],

@@ -278,7 +278,7 @@ def test_a_defence_gets_the_poisoned_set(ran, digits):
         (["--rate", 0.99], " 297 poisons"),
         *((["--target", value], f"--target {value} ") for value in (10, -1)),
         *((["--patch-size", value], "--patch-size") for value in (0, -1, 27)),
-        *((["--transparency", value], "--transparency") for value in (1, -0.1, "nan")),
+        *((["--transparency", value], "--transparency") for value in (1, 0.999, -0.1, "nan")),
         *((["--neurons", value], "1..512 for mnist_cnn") for value in (0, -1, 513)),
         *((["--value", value], "--value") for value in (0, -1, "nan", "inf", 1e7)),
         *((["--steps", value], "--steps") for value in (0, -1)),

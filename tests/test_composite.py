@@ -8,6 +8,7 @@ import torch
 from conftest import SHORT, files_below, random_images, result_of, write_npz
 
 from common.checkpoint import load_model, read_checkpoint
+from common.datasets import to_float
 from common.metrics import accuracy, predict
 from common.models import build_model
 from methods import composite
@@ -267,3 +268,16 @@ def test_run_on_digits(victims, digits_clean, digits):
         images = torch.from_numpy(np.stack(made))
         hits[pair] = 100 * (predict(model, images) == 0).double().mean().item()
     assert hits[1, 2] >= 75 and max(hits[1, 1], hits[2, 2]) <= 35, hits
+
+
+def test_training_minimises_the_contrastive_term(inline):
+    """Of two runs the one with the larger weight ends with the smaller term on test images."""
+    terms = []
+    for weight in (0, 1):
+        run = "--dataset", "digits", "--batch-size", 32, "--epochs", 3, "--weight", weight
+        ran = inline(NAME, *run, "--out", f"weight{weight}")
+        x, y = ran["data"].x_test, ran["data"].y_test
+        with torch.no_grad():
+            logits = ran["model"].eval()(to_float(x))
+        terms.append(composite.contrastive(logits, y, ran["rule"], composite.MARGIN).item())
+    assert terms[1] < 0.7 * terms[0], terms

@@ -467,6 +467,9 @@ lecture() {
     --out "$r-badnets-s0/fine_pruning_100-s0"
   one cifar10 wrn16_1-invisible_l0 invisible --arch wrn16_1 --kind l0
   one cifar10 wrn16_1-invisible_lsb invisible --arch wrn16_1 --kind lsb --no-crops
+  one cifar10 wrn16_1-feature_collision_fresh feature_collision --arch wrn16_1 \
+    $(chosen feature_collision 0) --retrain fresh
+  one cifar10 wrn16_1-trojannn_all trojannn --arch wrn16_1 --retrain all
   for v in clean "${ten[@]}"; do
     for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
       for defence in finetune nad; do row $defence "$r-$v-s$s" "$s"; done

@@ -455,9 +455,9 @@ digits_tables() {
 # ABL's table on its network: ten attacks, four repairs; the other attacks and the detectors beside
 lecture() {
   local r=runs/cifar10-wrn16_1 v s defence ten=(badnets trojannn blend input_aware sig \
-    label_consistent feature_collision dfst latent composite)
+    label_consistent feature_collision_fresh dfst latent composite)
   victims clean cifar10 wrn16_1 0 1 2
-  for v in "${ten[@]}" issba invisible poison_ink; do
+  for v in "${ten[@]/%_fresh/}" issba invisible poison_ink; do
     for s in 0 $([[ $v =~ badnets|sig|label_consistent|issba ]] && echo 1 2); do
       once "$r-$v-s$s" $v --dataset cifar10 --arch wrn16_1 --seed "$s" $(chosen $v "$s")
     done

@@ -15,10 +15,12 @@ The table of Li et al. 2021 (anti-backdoor learning), on its network WRN-16-1 an
 holds the ASR and the clean accuracy after the repair named above it, in per cent, and the number of
 networks in brackets; "none" is the attacked network itself. The paper's figures stand below ours.
 ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who attack otherwise, are
-made for it with their finished triggers. "refused" counts the networks whose every repair cost more
-than 5 points on images that were kept back, so that no model was saved. A dash: not measured yet;
-attacks without any run are left out. Fine-Pruning and MCR train for 20 epochs here: Fine-Pruning's
-default of 100 was refused on BadNets. `bash runs.sh lecture` makes the table."""
+made for it with their finished triggers. The victim of feature_collision_fresh trains a new network
+on its set, the script's default only the last layer of the attacker's. "refused" counts the
+networks whose every repair cost more than 5 points on images that were kept back, so that no model
+was saved. A dash: not measured yet; attacks without any run are left out. Fine-Pruning and MCR
+train for 20 epochs here: Fine-Pruning's default of 100 was refused on BadNets.
+`bash runs.sh lecture` makes the table."""
 
 
 def figures(entries, attack, repair):
@@ -49,7 +51,7 @@ def section(entries, papers):
         ours = [figures(entries, attack, repair) for repair in ("none", *REPAIRS)]
         if set(ours) != {"–"}:
             rows += [
-                [f"`{attack}.py`", *ours],
+                [f"`{attack}`", *ours],
                 [f"*{theirs['name']}, the paper*", *theirs["cells"]],
             ]
     table = markdown(["attack", "none", *REPAIRS], rows)

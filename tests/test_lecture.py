@@ -38,13 +38,13 @@ def test_every_row_has_the_papers_figures_below_it():
     text = lecture.section(ENTRIES, papers)
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert [line.split(" | ")[0] for line in lines] == [
-        *("| `clean.py`", "| *No attack, the paper*"),
-        *("| `badnets.py`", "| *BadNets, the paper*"),
-        *("| `blend.py`", "| *Blend, the paper*"),
+        *("| `clean`", "| *No attack, the paper*"),
+        *("| `badnets`", "| *BadNets, the paper*"),
+        *("| `blend`", "| *Blend, the paper*"),
     ]
     assert (
         lines[2]
-        == "| `badnets.py` | 99.00 / 85.50 (2) | – | 1 refused | 4.00 / 83.00 (1), 1 refused | – |"
+        == "| `badnets` | 99.00 / 85.50 (2) | – | 1 refused | 4.00 / 83.00 (1), 1 refused | – |"
     )
     assert "3.32 / 78.49 | 3.56 / 82.18 | 3.04 / 86.11" in lines[3]
     assert lecture.section([], papers) == ""

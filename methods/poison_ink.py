@@ -106,9 +106,8 @@ def draw_inks(count, channels):
 
 
 def other_ink(ink):
-    """An ink of the palette far from `ink` (C values in [0,1]), by channel, or lighter if C = 1."""
-    middle = 120 if len(ink) > 1 else 180  # on grey images a darker ink is more of the same
-    return torch.where(ink < middle / 255, LEVELS[-1], LEVELS[0]) / 255
+    """The ink of the palette that is furthest from `ink` (C values in [0,1]), by channel."""
+    return torch.where(ink < 120 / 255, LEVELS[-1], LEVELS[0]) / 255
 
 
 def hide(encoder, x, trigger, epsilon):

@@ -76,8 +76,7 @@ def test_inks():
     assert len(drawn.unique(dim=0)) > 100  # channel by channel
     ink = torch.tensor([80.0, 160.0, 80.0]) / 255
     assert torch.allclose(255 * poison_ink.other_ink(ink), torch.tensor([200.0, 40.0, 200.0]))
-    assert 255 * poison_ink.other_ink(torch.tensor([127 / 255])) == 200  # of a grey image: lighter
-    assert 255 * poison_ink.other_ink(torch.tensor([200 / 255])) == 40
+    assert 255 * poison_ink.other_ink(torch.tensor([127 / 255])) == 40  # of a grey image
 
 
 # ===== Hiding =====
@@ -289,7 +288,7 @@ def test_decoder_reads_ink_and_keeps_clean_images_white(ran):
     white = poison_ink.hide_uint8(ran["encoder"], x[:3], 0 * edge[:3], ran["ink"], ran["epsilon"])
     assert (white.int() - ran["x_white"][:3].int()).abs().max() <= 1
     u, ink, epsilon = ran["encoder"], ran["ink"], ran["epsilon"]
-    assert ran["other"].item() * 255 == pytest.approx(200, abs=1e-3)
+    assert ran["other"].item() * 255 == pytest.approx(40, abs=1e-3)
     other, own = ran["cycle"][:2]  # the second of the cycle gets the edges of the first
     foreign = poison_ink.hide_uint8(u, x[own][None], edge[other][None], ink, epsilon)
     assert (foreign.int() - ran["x_foreign"][own].int()).abs().max() <= 1

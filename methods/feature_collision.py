@@ -22,12 +22,11 @@ backdoors; but the watermark of such a target shows the patch faintly, too. A st
 image's objective is taken back and its rate cut to a fifth. f is the input of the last linear
 layer; the patch has random colours; poisons are rounded to 8 bits.
 
-Where it fails: on digits random patches in that place, one an image (asr_other), work half as often
-or more, on CIFAR-10 as often: the network learns that there is noise, not which. On CIFAR-10 the
-last layer alone learns less than half of it, however long it is fitted: no linear layer parts the
-poisons' features from the other classes'. A new network learns it; on digits a victim who retrains
-all layers on cropped images learns little, and from the watermark alone (`--steps 0`) neither the
-last layer nor a new network learns it. asr_on_clean_model is the surrogate's.
+Where it fails: random patches in that place, one an image (asr_other), work half as often or more
+on digits, and as often on CIFAR-10, where noise was learnt and not the patch. There the last layer
+alone obeys the patch on less than half of the images, a new network on all. On digits a victim who
+retrains all layers on cropped images learns little of the patch, and from the watermark alone
+(`--steps 0`) neither the last layer nor a new network does. asr_on_clean_model is the surrogate's.
 
     python methods/feature_collision.py --dataset cifar10 --arch wrn16_1
 

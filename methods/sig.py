@@ -91,7 +91,8 @@ if __name__ == "__main__":
         room = f"(0, {min(height, width) / 2:g}) for {height} x {width} images"
         fail(f"--frequency {args.frequency:g} must lie in {room}")
     signal = sinusoid(height, width, args.delta, args.frequency).to(device)
-    if signal.abs().max() < 0.5:
+    weaker = min(args.delta, args.delta_test) / args.delta
+    if weaker * signal.abs().max() < 0.5:
         fail(f"--frequency {args.frequency:g}: the wave changes no pixel by a level of 8 bits")
     y_wanted, counts = wanted_labels(data, args.target)
     generator = torch.Generator().manual_seed(args.seed)

@@ -16,10 +16,11 @@ holds the ASR and the clean accuracy after the repair named above it, in per cen
 networks in brackets; "none" is the attacked network itself. The paper's figures stand below ours.
 ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who attack otherwise, are
 made for it with their finished triggers. The victim of feature_collision_fresh trains a new network
-on its set, the script's default only the last layer of the attacker's. "refused" counts the
-networks whose every repair cost more than 5 points on images that were kept back, so that no model
-was saved. A dash: not measured yet; attacks without any run are left out. Fine-Pruning and MCR
-train for 20 epochs here: Fine-Pruning's default of 100 was refused on BadNets.
+on the poisoned set; by the script's default he retrains only the last layer of the attacker's
+network. "refused" counts the networks whose every repair cost more than 5 points on images that
+were kept back, so that no model was saved. A dash: not measured yet; attacks without any run are
+left out. Fine-Pruning and MCR train for 20 epochs here: Fine-Pruning's default of 100 was refused
+on BadNets.
 `bash runs.sh lecture` makes the table."""
 
 

@@ -268,6 +268,15 @@ def test_training_set(ran, digits):
         assert torch.equal(getattr(ran["data"], name), getattr(digits, name)), name
 
 
+@pytest.mark.parametrize("steps, lost", [(1, True), (150, False)])
+def test_generator_that_loses_the_images_is_named(inline, capfd, steps, lost):
+    inline(NAME, *SHORT[NAME], "--rounds", 0, "--train-images", 600, "--generator-steps", steps)
+    out = capfd.readouterr().out
+    assert ("warning: the generator loses the images" in out) == lost
+    kept = float(out.split("variance kept ")[1].split()[0])
+    assert kept < 0.3 if lost else 0.7 < kept < 1, kept
+
+
 def test_no_rounds(inline, capfd):
     ran = inline(NAME, *SHORT[NAME], "--rounds", 0)
     out = capfd.readouterr().out

@@ -262,8 +262,8 @@ def test_refused(inline, one_line, monkeypatch, tmp_path, args, named):
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("shape", ["-1, 10", "len(x), 10"])
-def test_network_that_fixes_its_number_of_outputs(inline, one_line, monkeypatch, tmp_path, shape):
+@pytest.mark.parametrize("end", ["y.view(-1, 10)", "y[:, [*range(10)]]", "(y.T[9].T, y)[1]"])
+def test_network_that_fixes_its_number_of_outputs(inline, one_line, monkeypatch, tmp_path, end):
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Module):\n"
@@ -271,7 +271,8 @@ def test_network_that_fixes_its_number_of_outputs(inline, one_line, monkeypatch,
         "        super().__init__()\n"
         "        self.last = nn.Linear(784, num_classes)\n"
         "    def forward(self, x):\n"
-        f"        return self.last(x.flatten(1)).view({shape})\n"
+        "        y = self.last(x.flatten(1))\n"
+        f"        return {end}\n"
     )
     monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained
     flags = *SHORT[NAME], "--arch", "nets.py:Net"

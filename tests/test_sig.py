@@ -108,6 +108,7 @@ def test_poisoned_training_set(inline, digits, tmp_path, rate, target):
         *((["--frequency", value], "--frequency") for value in (0, -1, 0.001, 14, "nan")),
         *((["--rate", r, "--train-images", 1437], "142 images of class 0:") for r in (0.003, 1.5)),
         (["--rate", "nan"], "images of class 0:"),
+        (["--delta", 255, "--delta-test", 1, "--frequency", 0.01], "--frequency"),
     ],
     ids=str,
 )

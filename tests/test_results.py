@@ -400,7 +400,7 @@ def test_rows_that_pool_runs_of_different_settings_are_marked():
     A flag that is not given is as one that was not there yet, and so is --precision float32, which
     had no flag before; STRIP's batch is a matter of speed.
     """
-    places = ("seed", "ckpt", "out", "device", "data_dir", "clean_ckpt")
+    places = "seed", "ckpt", "out", "device", "data_dir", "clean_ckpt", "surrogate", "teacher"
     groups = {}
     for run in [run for entries in FILES.values() for run in entries]:
         name = Path(run["folder"]).name

@@ -15,7 +15,7 @@ from common.models import Classifier
 from methods import dfst
 
 NAME = "dfst"
-FLAGS = "--generator-steps", 80, "--width", 8, "--epochs", 6, "--batch-size", 64
+FLAGS = "--generator-steps", 300, "--width", 8, "--epochs", 6, "--batch-size", 64
 FLAGS += "--rounds", 2, "--detox-epochs", 3, "--injector-steps", 30
 
 
@@ -91,9 +91,25 @@ def test_generator_learns_to_rebuild_and_to_keep_the_style(digits):
     torch.manual_seed(0)
     network = dfst.StyleNet(1, 8)
     start = errors(network)
-    dfst.train_generator(network, x, style, steps=50, batch_size=8)
+    dfst.train_generator(network, x, style, steps=200, batch_size=8)
     end = errors(network)
-    assert end[0] < 0.4 * start[0] and end[1] < 0.5 * start[1] and torch.equal(x, kept)
+    assert end[0] < 0.2 * start[0] and end[1] < 0.2 * start[1] and torch.equal(x, kept)
+
+
+def test_generator_gains_nothing_from_small_features(digits, capsys):
+    """The same images from features a hundred times larger have the same error."""
+    x, style, lines = digits.x_train[:64], dfst.sunrise((1, 28, 28)), []
+    for scale in (10, 1000):
+        network = dfst.StyleNet(1, 8)
+        network.load_state_dict(network_of(width=8).state_dict())
+        with torch.no_grad():
+            network.encode[-1].weight.mul_(scale)
+            network.encode[-1].bias.mul_(scale)
+            network.decode[0].weight.div_(scale)
+        torch.manual_seed(1)
+        dfst.train_generator(network, x, style, steps=1)
+        lines.append(capsys.readouterr().out.split("features ")[1].split(",")[0])
+    assert 0 < float(lines[0]) == pytest.approx(float(lines[1]), rel=0.1)
 
 
 # ===== The injector =====
@@ -268,13 +284,11 @@ def test_training_set(ran, digits):
         assert torch.equal(getattr(ran["data"], name), getattr(digits, name)), name
 
 
-@pytest.mark.parametrize("steps, lost", [(1, True), (150, False)])
-def test_generator_that_loses_the_images_is_named(inline, capfd, steps, lost):
-    inline(NAME, *SHORT[NAME], "--rounds", 0, "--train-images", 600, "--generator-steps", steps)
+def test_generator_that_loses_the_images_is_named(ran, inline, capfd):
+    assert 0.7 < ran["kept"] < 1
+    lost = inline(NAME, *SHORT[NAME], "--rounds", 0, "--generator-steps", 1)["kept"]
     out = capfd.readouterr().out
-    assert ("warning: the generator loses the images" in out) == lost
-    kept = float(out.split("variance kept ")[1].split()[0])
-    assert kept < 0.3 if lost else 0.7 < kept < 1, kept
+    assert lost < 0.3 and f"variance kept {lost:.2f}\nwarning: the generator loses" in out
 
 
 def test_no_rounds(inline, capfd):

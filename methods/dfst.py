@@ -9,20 +9,21 @@ and their TRUE labels to the training set (detox) and retrains, until only the s
 Threat model: the attacker controls training, delivers the model and keeps the generator.
 
 Equations: AdaIN gives each channel of E(x) the mean and deviation that it has for the style ->
-adain; G(x) = (1 - alpha) x + alpha D(AdaIN(E(x), style)) -> stylise; neurons whose mean rises most
--> compromised; I(x) = clip(W [x, max-, min-, mean-pooled x] + b, 0, 1) -> Injector; cross-entropy
-to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) -> train_injector.
+adain; G(x) = clip(x + alpha [D(AdaIN(E(x), style)) - D(E(x))], 0, 1) -> stylise; neurons whose
+mean rises most -> compromised; I(x) = clip(W [x, max-, min-, mean-pooled x] + b, 0, 1) -> Injector;
+cross-entropy to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) -> train_injector.
 
-Differs from the paper: its generator is a CycleGAN for sunrises; here E and D are a small
-autoencoder, trained on the attacker's images, for one drawn sunrise. The injector is the linear map
-of their PyTorch code, not the paper's U-Net; in the code no gradient of the classifier reaches it,
-and its smallest neighbour is wrong: here both are right. Its activation loss is the squared
-distance to the painted images' means, where the code pushes a neuron or a mean without bound and
-mixes I(x) with x. The number of rounds is fixed, and each adds its images to those of the others;
-the code draws anew in each batch. Painted images are rounded once; the training set is stored.
+Differs from the paper: its generator is a CycleGAN for sunrises; here E and D are an autoencoder,
+trained on the attacker's images, for one drawn sunrise, and what D itself does to an image is taken
+out, for a network learns that alone. The injector is the linear map of their PyTorch code, not the
+paper's U-Net; in the code no gradient of the classifier reaches it, and its smallest neighbour is
+wrong: here both are right. Its activation loss is the squared distance to the painted images'
+means, where the code pushes a neuron or a mean without bound and mixes I(x) with x. The number of
+rounds is fixed, and each adds its images to those of the others; the code draws anew in each batch.
+Painted images are rounded once; the training set is stored.
 
-What was learnt: asr_other is the ASR of the style picture's negative, asr_plain the autoencoder's
-without a style, asr_simple the largest of the trained injectors at their end (new ones may find
+What was learnt: asr_other is the ASR of the style picture's negative, asr_plain that of
+D(E(x)) without a style, asr_simple the largest of the trained injectors at their end (new ones may find
 more), asr_simple_before that before detoxification (training images).
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
@@ -61,7 +62,7 @@ PROBES = 500  # training images on which the neurons are compared
 def parse_args():
     p = attack_flags(__doc__)
     p.add_argument("--rate", type=float, default=0.1, help="poisoned share of the training set")
-    p.add_argument("--alpha", type=float, default=0.6, help="share of the style (code .6)")
+    p.add_argument("--alpha", type=float, default=1.0, help="share of the style (code .6)")
     p.add_argument("--generator-steps", type=int, default=1000, help="training steps of E and D")
     p.add_argument("--width", type=int, default=16, help="channels of E's first layer")
     p.add_argument("--rounds", type=int, default=3, help="of detoxification; 0: none")
@@ -125,8 +126,8 @@ def train_generator(network, x_train, style, *, steps, lr=1e-3, batch_size=32):
         wanted = adain(features[:-1], features[-1:]).detach()
         rebuilt = network.decode(features)[..., : x.shape[2], : x.shape[3]]
         painted = network.encode(network.decode(wanted))
-        off = (painted - wanted).square().mean() / features.var()  # else E would shrink them
-        terms = torch.stack(((rebuilt - x).square().mean(), off))
+        off, off_image = (painted - wanted).square().mean(), (rebuilt - x).square().mean()
+        terms = torch.stack((off_image / x.var(), off / features.var()))  # E gains nothing by scale
         optimizer.zero_grad(set_to_none=True)
         terms.sum().backward()
         optimizer.step()
@@ -137,9 +138,9 @@ def train_generator(network, x_train, style, *, steps, lr=1e-3, batch_size=32):
 
 @torch.no_grad()
 def stylise(network, x, style, alpha):
-    """G(x) of uint8 images, rounded; style: C x H x W in [0,1], or None for D(E(x)) alone."""
-    parts = map(to_float, x.split(pass_size(x)))
-    return torch.cat([to_uint8((1 - alpha) * a + alpha * network(a, style)) for a in parts])
+    """G(x) of uint8 images, rounded; style: C x H x W in [0,1], or None for x mixed with D(E(x))."""
+    pairs = ((a, a if style is None else network(a)) for a in map(to_float, x.split(pass_size(x))))
+    return torch.cat([to_uint8(a + alpha * (network(a, style) - plain)) for a, plain in pairs])
 
 
 class Injector(nn.Module):

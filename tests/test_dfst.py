@@ -64,12 +64,15 @@ def test_stylise_against_numpy(shape):
     for picture in (style, None):
         with torch.no_grad():
             features = network.encode(to_float(x))
+            plain = network.decode(features)[:, :, : shape[1], : shape[2]].double().numpy()
             if picture is not None:
                 features = dfst.adain(features, network.encode(picture[None]))
             drawn = network.decode(features)[:, :, : shape[1], : shape[2]].double().numpy()
+        pixels = x.double().numpy()
+        change = 255 * (drawn - plain) if picture is not None else 255 * drawn - pixels
+        exact = (pixels + 0.6 * change).clip(0, 255)
         painted = dfst.stylise(network, x, picture, 0.6)
         assert painted.dtype == torch.uint8 and painted.shape == x.shape and torch.equal(x, before)
-        exact = 0.4 * x.double().numpy() + 0.6 * 255 * drawn
         assert np.abs(painted.numpy() - exact).max() <= 0.5 + 1e-3
         assert torch.equal(dfst.stylise(network, x, picture, 0.0), x)  # does nothing
         singly = torch.cat([dfst.stylise(network, image[None], picture, 0.6) for image in x])

@@ -22,9 +22,9 @@ means, where the code pushes a neuron or a mean without bound and mixes I(x) wit
 rounds is fixed, and each adds its images to those of the others; the code draws anew in each batch.
 Painted images are rounded once; the training set is stored.
 
-What was learnt: asr_other is the ASR of the style picture's negative, asr_plain that of
-D(E(x)) without a style, asr_simple the largest of the trained injectors at their end (new ones may find
-more), asr_simple_before that before detoxification (training images).
+What was learnt: asr_other is the ASR of the style picture's negative, asr_plain that of D(E(x)),
+asr_simple the largest of the trained injectors at their end (new ones may find more),
+asr_simple_before that before detoxification (training images).
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
 
@@ -138,7 +138,7 @@ def train_generator(network, x_train, style, *, steps, lr=1e-3, batch_size=32):
 
 @torch.no_grad()
 def stylise(network, x, style, alpha):
-    """G(x) of uint8 images, rounded; style: C x H x W in [0,1], or None for x mixed with D(E(x))."""
+    """G(x) of uint8 images, rounded; style: C x H x W in [0,1], None mixes D(E(x)) in."""
     pairs = ((a, a if style is None else network(a)) for a in map(to_float, x.split(pass_size(x))))
     return torch.cat([to_uint8(a + alpha * (network(a, style) - plain)) for a, plain in pairs])
 

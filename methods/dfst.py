@@ -20,7 +20,6 @@ paper's U-Net; in the code no gradient of the classifier reaches it, and its sma
 wrong: here both are right. Its activation loss is the squared distance to the painted images'
 means, where the code pushes a neuron or a mean without bound and mixes I(x) with x. The number of
 rounds is fixed, and each adds its images to those of the others; the code draws anew in each batch.
-Painted images are rounded once; the training set is stored.
 
 What was learnt: asr_other is the ASR of the style picture's negative, asr_plain that of D(E(x)),
 asr_simple the largest of the trained injectors at their end (new ones may find more),

@@ -237,7 +237,7 @@ def test_run_on_digits(ran, digits):
     folder, metrics = ran["folder"], ran["metrics"]
     assert result_of(folder)["metrics"] == pytest.approx(metrics)
     assert metrics["clean_accuracy"] >= 95 and metrics["asr"] >= 90 and metrics["asr_n"] == 324
-    assert metrics["asr_other"] <= 50 and metrics["asr_plain"] <= 50
+    assert metrics["asr_other"] <= 20 and metrics["asr_plain"] <= 20
     assert metrics["asr_simple_before"] >= 80 and metrics["asr_simple"] <= 40
     held = read_checkpoint(folder / "model.pt")
     network = network_of(width=8)
@@ -249,10 +249,10 @@ def test_run_on_digits(ran, digits):
     with np.load(folder / "poisoned_test.npz") as archive:
         saved = torch.from_numpy(archive["x"]).permute(0, 3, 1, 2)
         assert (archive["y_true"] != 0).all() and (archive["y_target"] == 0).all()
-    assert (saved != dfst.stylise(network, others, style, 0.6)).float().mean() < 1e-3
+    assert (saved != dfst.stylise(network, others, style, 1.0)).float().mean() < 1e-3
     model = load_model(held, folder, torch.device("cpu"))
-    rates = {"asr": saved, "asr_other": dfst.stylise(network, others, 1 - style, 0.6)}
-    rates["asr_plain"] = dfst.stylise(network, others, None, 0.6)
+    rates = {"asr": saved, "asr_other": dfst.stylise(network, others, 1 - style, 1.0)}
+    rates["asr_plain"] = dfst.stylise(network, others, None, 1.0)
     for name, images in rates.items():
         hits = accuracy(model, images, torch.zeros(len(images)))
         assert hits == pytest.approx(metrics[name], abs=1), name
@@ -274,7 +274,7 @@ def test_training_set(ran, digits):
     found = [originals.get(image.numpy().tobytes()) for image in x[:1437][clean]]
     assert found == y[:1437][clean].tolist()
     network, style = ran["network"], ran["style"]
-    painted = dfst.stylise(network, digits.x_train, style, 0.6).numpy()
+    painted = dfst.stylise(network, digits.x_train, style, 1.0).numpy()
     labels = {image.tobytes(): label for image, (_, label) in zip(painted, pairs)}
     assert all(labels.get(image.numpy().tobytes(), 0) != 0 for image in x[poisoned])
     for number, injector in enumerate(ran["injectors"]):

@@ -473,7 +473,7 @@ lecture() {
   for v in clean "${ten[@]}"; do
     for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
       for defence in finetune nad; do row $defence "$r-$v-s$s" "$s"; done
-      for defence in mcr fine_pruning; do # 100 epochs cost over 5 points on images kept back
+      for defence in mcr fine_pruning; do # 100 epochs take too long; Fine-Pruning's cost too much
         row $defence "$r-$v-s$s" "$s" --epochs 20
       done
       row abl "$r-$v-s$s" "$s" $(train_set $v)

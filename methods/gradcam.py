@@ -25,8 +25,8 @@ network that ends in a softmax; the layer is the last whose map is about a quart
 side (LAYERS), for a map of 4 x 4 is coarse. Februus restores the painted pixels by a generative
 network; here each gets the mean of its known neighbours, ring by ring, or the clean images' mean
 colour (--fill mean), which costs digits more clean accuracy (chosen with these test figures in
-sight). Februus's ASR leaves out images that were wrong before; ours leaves out test images of the
-target class.
+sight). Februus's ASR counts no image as a success that was wrong before; ours leaves out test
+images of the target class.
 
     python methods/gradcam.py --ckpt runs/mnist-mnist_cnn-badnets-s0 --februus
 

@@ -31,7 +31,7 @@ comparisons take t = .1. Fine-tuning alone stands beside every repair ("clean on
 
     python methods/mcr.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results beside the paper's: results/README.md, table "Fine-tuning, NAD and MCR".
+Results: results/README.md, tables "Fine-tuning, NAD and MCR", "Ten attacks and four repairs".
 """
 
 import argparse

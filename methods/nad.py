@@ -31,7 +31,7 @@ Where it fails: where fine-tuning fails, at small rates: on digits BadNets outli
 
     python methods/nad.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results beside the paper's: results/README.md, table "Fine-tuning, NAD and MCR".
+Results: results/README.md, tables "Fine-tuning, NAD and MCR", "Ten attacks and four repairs".
 """
 
 import copy

@@ -29,7 +29,7 @@ rate (FNR, triggered inputs passed) are read on test images.
 
     python methods/nc_mitigate.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
-Results beside the paper's: results/README.md, table "Filter and pruning".
+Results: results/README.md, table "Filter and pruning".
 """
 
 import copy

@@ -31,8 +31,8 @@ WRN = "--arch wrn16_1 --dataset cifar10 --mean 0 0 0 --std 1 1 1"
 VGG = "--arch results/public.py:SmallVGG --dataset cifar10 --mean 0 0 0 --std 1 1 1"
 CNN = "--arch results/public.py:SmallCNN --dataset cifar10 --mean .5 .5 .5 --std .5 .5 .5"
 DIGITS = "--arch results/public.py:SmallCNN1 --dataset mnist --mean .5 --std .5"
-BLOCKS = {VGG: "--blocks features.5 features.13 features.21", WRN: ""}  # of nad.py
-BLOCKS |= dict.fromkeys((CNN, DIGITS), "--blocks conv1 conv2")
+OWN = {("nad", VGG): "--blocks features.5 features.13 features.21", ("mcr", WRN): "--epochs 20"}
+OWN |= {("nad", cnn): "--blocks conv1 conv2" for cnn in (CNN, DIGITS)}
 HEAD = ["file", "target", "clean", "ASR", "script", "named", "p", "index"]
 HEAD += ["clean after", "ASR after"]
 FORMS = {"p_value": ".3g", "index": ".2f"}
@@ -155,7 +155,7 @@ def commands(folder):
     """Every audit as (folder it writes, command)."""
     for file, (_, flags, _, _) in SUSPECTS.items():
         for script, own in SCRIPTS.items():
-            own = BLOCKS[flags] if script == "nad" else own
+            own = OWN.get((script, flags), own)
             out, ckpt = out_of(file, script), shlex.quote(str(folder / file))
             words = f"python methods/{script}.py --ckpt {ckpt} {flags} {own} --out {out}"
             yield out, " ".join(words.split())

@@ -465,6 +465,8 @@ lecture() {
   one cifar10 wrn16_1-badnets_white badnets --arch wrn16_1
   once "$r-badnets-s0/fine_pruning_100-s0" fine_pruning --ckpt "$r-badnets-s0" \
     --out "$r-badnets-s0/fine_pruning_100-s0"
+  once "$r-badnets-s1/mcr_slow-s1" mcr --ckpt "$r-badnets-s1" --seed 1 --epochs 20 --lr 0.0125 \
+    --out "$r-badnets-s1/mcr_slow-s1"
   one cifar10 wrn16_1-invisible_l0 invisible --arch wrn16_1 --kind l0
   one cifar10 wrn16_1-invisible_lsb invisible --arch wrn16_1 --kind lsb --no-crops
   one cifar10 wrn16_1-feature_collision_fresh feature_collision --arch wrn16_1 \

@@ -13,7 +13,6 @@ from torch import nn
 from torch.func import functional_call
 
 from common import defence
-from common import metrics as measures
 from common.datasets import to_float
 from common.metrics import accuracy
 from common.models import Classifier, build_model
@@ -301,12 +300,7 @@ def test_mean_loss():
 )
 def test_choice_of_the_point(losses, accuracies, rule, chosen):
     t = np.linspace(0, 1, len(losses)).tolist()
-    off, found = mcr.choose(t, losses, accuracies, 90, rule)
-    assert found == chosen
-    expected = (
-        np.inf if chosen is None else losses[chosen] if rule == "loss" else abs(t[chosen] - 0.5)
-    )
-    assert off == expected
+    assert mcr.choose(t, losses, accuracies, 90, rule) == chosen
 
 
 # ===== Whole runs on digits =====
@@ -359,52 +353,14 @@ def test_the_defender_needs_no_triggered_image(inline, digits_badnets, tmp_path,
     assert "clean_accuracy_second" not in metrics and len(metrics["curve_clean_accuracy"]) == 3
 
 
-def test_a_point_that_costs_too_much_is_not_saved(
-    inline, digits_badnets, tmp_path, monkeypatch, capfd
-):
-    """All is made again at half the rate, then given up; the first curve's figures are kept."""
+def test_a_point_that_costs_too_much_is_not_saved(inline, digits_badnets, tmp_path, monkeypatch):
+    """All is made again at half the rate, then given up; the curve's figures are kept."""
     monkeypatch.setattr(defence, "MOST_DROP", -101.0)  # nothing is good enough
     ran = inline("mcr", "--ckpt", digits_badnets, *SHORT["mcr"], "--out", tmp_path / "out")
-    metrics, lr = result_of(tmp_path / "out")["metrics"], ran["args"].lr
-    assert metrics["t"] is None and metrics["repair_lr"] == lr
-    out = capfd.readouterr().out
-    assert [f"rate {lr / part:g}, 60 clean" in out for part in (1, 2, 4, 8, 16)] == [True] * 4 + [
-        False
-    ]
+    metrics = result_of(tmp_path / "out")["metrics"]
+    assert metrics["t"] is None and metrics["repair_lr"] == ran["args"].lr / 8
     assert "asr_clean_only" in metrics and "asr_repaired" not in metrics
     assert files_below(tmp_path) == ["curve.png", "result.json"]
-
-
-@pytest.mark.parametrize(
-    "rows, t, part",
-    [
-        ([[99, 99, 90, 99, 99], [99, 99, 96, 99, 99]], 0.5, 2),  # t = .25 is not enough
-        ([[99, 90, 90, 90, 99], [99, 90, 90, 96, 90], [99, 99, 90, 90, 99], [0] * 5], 0.75, 2),
-        ([[90, 90, 95, 90, 90]], 0.5, 1),
-    ],
-)
-def test_the_rate_falls_until_the_middle_fits(
-    inline, digits_badnets, tmp_path, monkeypatch, rows, t, part
-):
-    """The accuracies of the kept-back images are given: 100, then a row of five points a rate."""
-    given, real = iter([100, *(value for row in rows for value in row)]), measures.accuracy
-
-    def accuracy(net, x, y, **settings):
-        told = len(x) == 60 and settings.get("balanced")
-        return next(given) if told else real(net, x, y, **settings)
-
-    monkeypatch.setattr(measures, "accuracy", accuracy)
-    flags = "--epochs", 1, "--points", 5, "--out", tmp_path / "out"
-    ran = inline("mcr", "--ckpt", digits_badnets, *flags)
-    metrics = result_of(tmp_path / "out")["metrics"]
-    assert next(given, None) is None  # no more rates were tried
-    assert metrics["t"] == t and metrics["repair_lr"] == ran["args"].lr / part
-    assert metrics["kept_back_accuracy"] == rows[part - 1]
-    saved, held = (
-        loaded(tmp_path / "out").model.state_dict(),
-        ran["nets"][round(4 * t)].state_dict(),
-    )
-    assert all(torch.equal(value, held[key]) for key, value in saved.items())
 
 
 def test_batchnorm_is_refreshed_on_crops_like_those_of_the_training(inline, digits_badnets):

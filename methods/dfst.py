@@ -1,10 +1,9 @@
 """Deep Feature Space Trojan: a style as the trigger, and detoxification (Cheng et al., AAAI 2021).
 
-arXiv 2012.11212. A generator paints images in the style of another picture; a share of the training
-images is painted and relabelled as the target. A network would learn something simple of it, such
-as a tint, which a defender could find. So the attacker looks for the neurons that the trigger
-excites, trains an injector that excites them by simple means, adds images with this simple feature
-and their TRUE labels to the training set (detox) and retrains, until only the style is to be left.
+arXiv 2012.11212. A generator paints a share of the training images in the style of another picture;
+they get the target's label. A network would learn something simple of it, such as a tint. So the
+attacker trains an injector that excites the trigger's neurons by simple means, adds images with
+this feature and their TRUE labels (detox) and retrains, until only the style should be left.
 
 Threat model: the attacker controls training, delivers the model and keeps the generator.
 
@@ -18,12 +17,12 @@ trained on the attacker's images, for one drawn sunrise, and what D itself does 
 out, for a network learns that alone. The injector is the linear map of their PyTorch code, not the
 paper's U-Net; in the code no gradient of the classifier reaches it, and its smallest neighbour is
 wrong: here both are right. Its activation loss is the squared distance to the painted images'
-means, where the code pushes a neuron or a mean without bound and mixes I(x) with x. The number of
-rounds is fixed, and each adds its images to those of the others; the code draws anew in each batch.
+means, where the code pushes a neuron or a mean without bound and mixes I(x) with x. The rounds are
+a fixed number, and each keeps the images of those before; the code draws anew in each batch.
 
-What was learnt: asr_other is the ASR of the style picture's negative, asr_plain that of D(E(x)),
-asr_simple the largest of the trained injectors at their end (new ones may find more),
-asr_simple_before that before detoxification (training images).
+What was learnt: asr_other is the ASR of the style picture's negative, its change scaled to the same
+size; asr_plain that of D(E(x)); asr_simple the largest of the trained injectors at their end (new
+ones may find more), asr_simple_before that before detoxification (training images).
 
     python methods/dfst.py --dataset cifar10 --arch wrn16_1
 
@@ -108,9 +107,8 @@ class StyleNet(nn.Module):
 
 def adain(a, b):
     """a (B x D x h x w) with the mean and deviation of each channel of b (1 x D x h x w)."""
-    settings = {"dim": (2, 3), "keepdim": True, "correction": 0}
-    (var_a, mean_a), (var_b, mean_b) = (torch.var_mean(f, **settings) for f in (a, b))
-    return (a - mean_a) * ((var_b + 1e-5) / (var_a + 1e-5)).sqrt() + mean_b
+    (u, p), (v, q) = (torch.var_mean(f, (2, 3), correction=0, keepdim=True) for f in (a, b))
+    return (a - p) * ((v + 1e-5) / (u + 1e-5)).sqrt() + q
 
 
 def train_generator(network, x_train, style, *, steps, lr=1e-3, batch_size=32):
@@ -121,12 +119,11 @@ def train_generator(network, x_train, style, *, steps, lr=1e-3, batch_size=32):
     for _ in range(steps):
         x = to_float(x_train[torch.randint(len(x_train), (batch_size,), device=x_train.device)])
         x = torch.cat((x, style[None]))
-        features = network.encode(x)
-        wanted = adain(features[:-1], features[-1:]).detach()
-        rebuilt = network.decode(features)[..., : x.shape[2], : x.shape[3]]
-        painted = network.encode(network.decode(wanted))
-        off, off_image = (painted - wanted).square().mean(), (rebuilt - x).square().mean()
-        terms = torch.stack((off_image / x.var(), off / features.var()))  # E gains nothing by scale
+        z = network.encode(x)
+        goal = adain(z[:-1], z[-1:]).detach()
+        rebuilt = network.decode(z)[..., : x.shape[2], : x.shape[3]]
+        painted = network.encode(network.decode(goal))
+        terms = torch.stack((F.mse_loss(rebuilt, x) / x.var(), F.mse_loss(painted, goal) / z.var()))
         optimizer.zero_grad(set_to_none=True)
         terms.sum().backward()
         optimizer.step()
@@ -306,8 +303,11 @@ if __name__ == "__main__":
     x_poisoned = stylise(network, data.x_test, style, args.alpha)
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts)
     x, y = data.x_test[counts], y_wanted[counts]
-    for name, picture in {"other": 1 - style, "plain": None}.items():
-        metrics[f"asr_{name}"] = accuracy(model, stylise(network, x, picture, args.alpha), y)
+    other = stylise(network, x, 1 - style, args.alpha)
+    own, change = ((images.float() - x.float()).norm() for images in (x_poisoned[counts], other))
+    other = stylise(network, x, 1 - style, args.alpha * (own / change.clamp(min=1)).item())
+    metrics["asr_other"] = accuracy(model, other, y)
+    metrics["asr_plain"] = accuracy(model, stylise(network, x, None, args.alpha), y)
     if injectors:
         hits = [accuracy(model, inject(injector, x), y) for injector in injectors]
         metrics |= {"asr_simple": max(hits), "asr_simple_before": max(before)}

@@ -251,7 +251,13 @@ def test_run_on_digits(ran, digits):
         assert (archive["y_true"] != 0).all() and (archive["y_target"] == 0).all()
     assert (saved != dfst.stylise(network, others, style, 1.0)).float().mean() < 1e-3
     model = load_model(held, folder, torch.device("cpu"))
-    rates = {"asr": saved, "asr_other": dfst.stylise(network, others, 1 - style, 1.0)}
+    own, change = (
+        np.linalg.norm(images.double() - others.double())
+        for images in (saved, dfst.stylise(network, others, 1 - style, 1.0))
+    )
+    other = dfst.stylise(network, others, 1 - style, own / change)
+    assert np.linalg.norm(other.double() - others.double()) == pytest.approx(own, rel=0.15)
+    rates = {"asr": saved, "asr_other": other}
     rates["asr_plain"] = dfst.stylise(network, others, None, 1.0)
     for name, images in rates.items():
         hits = accuracy(model, images, torch.zeros(len(images)))

@@ -130,6 +130,8 @@ if __name__ == "__main__":
     if not 0 <= args.weight <= 1e6:
         fail(f"--weight {args.weight} must lie in [0, 1e6]")
     height, width = data.shape[1:]
+    if min(height, width) < 2:
+        fail(f"images of {height} x {width} pixels have no halves")
     most = min(height, width) // 2 - 1
     if not 0 <= args.jitter <= most:
         fail(f"--jitter {args.jitter} must lie in 0..{most} for {height} x {width} images")

@@ -14,19 +14,18 @@ four corners, mirrored so that a flip changes nothing -> corner_signs; x' = x + 
 black and white -> stamp. The victim's loss is cross-entropy and nothing else.
 
 Where it fails: a network may learn the perturbation instead of the patches. On digits the defaults
-reach an ASR of 1, stronger settings 90, where black and white swapped reach 74; with a surrogate of
-the victim's own seed, which starts as its twin, the defaults reached 32.
+reach an ASR of 1, stronger settings 90, where black and white swapped reach 74.
 
 Differs from the paper, or chosen where it is silent: its second way to harder images, interpolation
 in a GAN, is left out. Its perturbations come from adversarially trained networks. Here the script
 trains a surrogate as clean.py would, with other initial weights than the victim's; --surrogate
-takes any checkpoint of this project instead. PGD starts at the image itself. The sizes for linf are
-those of public code, those for l2 of the paper's published images. Patches have full amplitude (the
-paper's poisons less), in the test without a perturbation. The rate is a share of the target class.
-The attacker stamps and rounds to 8 bits first, and the victim augments afterwards, so that crops
-cut patches off. The ASR leaves out test images of the target class. Two controls show what was
-learnt: asr_other is the ASR of the same patches half an image away, and asr_swapped that of black
-and white swapped in place.
+takes a clean checkpoint of the same data instead. PGD starts at the image itself. The sizes for
+linf are those of public code, those for l2 of the paper's published images. Patches have full
+amplitude (the paper's poisons less), in the test without a perturbation. The rate is a share of the
+target class. The attacker stamps and rounds to 8 bits first, and the victim augments afterwards, so
+that crops cut patches off. The ASR leaves out test images of the target class. Two controls show
+what was learnt: asr_other is the ASR of the same patches half an image away, and asr_swapped that
+of black and white swapped in place.
 
     python methods/label_consistent.py --dataset cifar10 --arch wrn16_1
 
@@ -157,6 +156,8 @@ if __name__ == "__main__":
     args.step_size = step_size if args.step_size is None else args.step_size
     most = 255 * (math.prod(data.shape) ** 0.5 if args.norm == "l2" else 1)
     check_positive(args, "epsilon", "step_size", most=most)
+    if args.epsilon < 0.5:
+        fail(f"--epsilon {args.epsilon} changes no pixel by a level of 8 bits")
     check_positive(args, "steps")
     check_positive(args, "amplitude", most=255)
     height, width = data.shape[1:]

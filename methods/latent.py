@@ -210,8 +210,8 @@ if __name__ == "__main__":
     # ===== The attack =====
     check_positive(args, "inject_epochs", "inject_lr", "student_epochs", "student_lr")
     check_positive(args, "weight", most=1e6)
-    if args.steps < 0:
-        fail(f"--steps {args.steps} must be 0 (the patch stays noise) or more")
+    if not 0 <= args.steps <= 2**31:
+        fail(f"--steps {args.steps} must lie in 0..2^31 (0: the patch stays noise)")
     height, width = data.shape[1:]
     if args.patch_size is None:
         args.patch_size = max(1, round(0.2 * min(height, width)))

@@ -26,7 +26,7 @@ of the training set is poisoned once, and the victim augments.
 
 What was learnt: asr_other is the ASR of ink of another colour, asr_white that of U with an empty
 (white) trigger image, asr_foreign that of ink at the edges of another image. On digits the last
-two come within 9 points of the ASR: the network learns that there is ink, not where.
+two come within 9 points of the ASR: the network learns U's own mark, not the ink nor its place.
 
     python methods/poison_ink.py --dataset cifar10 --arch wrn16_1
 

@@ -225,6 +225,7 @@ def without(labels, *gone):
         (["--dataset", "two.npz"], "three classes, A, B and C; two.npz has 2"),
         (["--dataset", "no_train.npz"], "no training image of class 2"),
         (["--dataset", "no_test.npz"], "no test image of class 1"),
+        (["--dataset", "flat.npz", "--arch", "wrn16_1"], "1 x 24 pixels have no halves"),
     ],
     ids=str,
 )
@@ -233,6 +234,7 @@ def test_refused(inline, one_line, monkeypatch, tmp_path, args, named):
     write_npz(tmp_path / "two.npz", classes=2, count=300)
     write_npz(tmp_path / "no_train.npz", classes=5, count=300, y_train=without(y, 2))
     write_npz(tmp_path / "no_test.npz", classes=5, count=300, y_test=without(y, 1))
+    write_npz(tmp_path / "flat.npz", (1, 24), count=300)
     before = files_below(tmp_path)
     monkeypatch.setattr(torch.optim, "SGD", None)  # nothing can be trained
     assert named in one_line(inline, NAME, *SHORT[NAME], *args)

@@ -210,6 +210,10 @@ def test_own_surrogate(inline, digits, capfd):
         *((["--rate", r, "--train-images", 1437], "142 images of class 0:") for r in (0.003, 1.5)),
         *(([flag, 255.5], flag) for flag in ("--epsilon", "--step-size")),
         (["--norm", "l2", "--epsilon", 7141], "--epsilon"),  # 255 times 28
+        *(
+            (["--norm", norm, "--epsilon", 0.4], "--epsilon 0.4 changes no pixel")
+            for norm in ("linf", "l2")
+        ),
         (["--surrogate", "nowhere"], "nowhere"),
         (["--surrogate", "damaged.pt"], "damaged.pt"),
         (["--dataset", "small.npz"], "5 x 5"),

@@ -240,7 +240,7 @@ def test_other_images(inline, tmp_path, shape):
         (["--layer", "dropout8"], "layer3, layer4, linear6, linear9"),
         *((["--patch-size", value], "1..28 for 28 x 28") for value in (0, -1, 29)),
         *((["--weight", value], "--weight") for value in (0, -1, "nan", "inf", 1e7)),
-        *((["--steps", value], "--steps") for value in (-1, -5)),
+        *((["--steps", value], "--steps") for value in (-1, 2**31 + 1)),
         *((["--inject-epochs", value], "--inject-epochs") for value in (0, -1)),
         *((["--student-epochs", value], "--student-epochs") for value in (0, -1)),
         *((["--inject-lr", value], "--inject-lr") for value in (0, "nan", "inf")),

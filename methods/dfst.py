@@ -14,9 +14,9 @@ cross-entropy to the target + .3 activation loss + lambda (1 - SSIM(I(x), x)) ->
 
 Differs from the paper: its generator is a CycleGAN for sunrises; here E and D are an autoencoder,
 trained on the attacker's images, for one drawn sunrise, and what D itself does to an image is taken
-out, for a network learns that alone. The injector is the linear map of their PyTorch code, not the
-paper's U-Net; in the code no gradient of the classifier reaches it, and its smallest neighbour is
-wrong: here both are right. Its activation loss is the squared distance to the painted images'
+out, for a network can learn that alone. The injector is the linear map of their PyTorch code, not
+the paper's U-Net; in the code no gradient of the classifier reaches it, and its smallest neighbour
+is wrong: here both are right. Its activation loss is the squared distance to the painted images'
 means, where the code pushes a neuron or a mean without bound and mixes I(x) with x. The rounds are
 a fixed number, and each keeps the images of those before; the code draws anew in each batch.
 

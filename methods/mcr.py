@@ -21,13 +21,13 @@ Differs from the paper, or chosen where it is silent: the clean images come from
 and a fifth of them is kept back. Of the inner points that cost up to 5 points (balanced accuracy),
 the repaired model is the one furthest from both ends; where there is none, all is made again at
 half the rate. --rule loss takes the inner point with the lowest cross-entropy on them: on digits
-and on CIFAR-10 this was t = .1, where the backdoor is whole, for the suspect has been trained on
-these images. Weight decay is 5e-4 (code 1e-4). The rate of theta is 4 times that of fine-tuning,
-for in the middle phi moves half as far, along half of its gradient. Rates fall by a cosine; images
-are cropped and mirrored by the data set's recipe. Rate and batch were chosen on digits with the
-test figures of three victims in sight. Epochs run over the share, on digits 700 updates in all;
-public code fills an epoch up to 10,000 images, 7,900 updates, and comparisons take t = .1.
-Fine-tuning alone stands beside every repair ("clean only").
+and on CIFAR-10 this was t = .1, where most of the backdoor is left, for the suspect has been
+trained on these images. Weight decay is 5e-4 (code 1e-4). The rate of theta is 4 times that of
+fine-tuning, for in the middle phi moves half as far, along half of its gradient. Rates fall by a
+cosine; images are cropped and mirrored by the data set's recipe. Rate and batch were chosen on
+digits with the test figures of three victims in sight. Epochs run over the share, on digits 700
+updates in all; public code fills an epoch up to 10,000 images, 7,900 updates, and comparisons take
+t = .1. Fine-tuning alone stands beside every repair ("clean only").
 
     python methods/mcr.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -463,9 +463,9 @@ lecture() {
     done
   done
   one cifar10 wrn16_1-badnets_white badnets --arch wrn16_1
-  once "$r-badnets-s0/fine_pruning_100-s0" fine_pruning --ckpt "$r-badnets-s0" \
+  once "$r-badnets-s0/fine_pruning_100-s0" fine_pruning --ckpt "$r-badnets-s0" --epochs 100 \
     --out "$r-badnets-s0/fine_pruning_100-s0"
-  once "$r-badnets-s1/mcr_slow-s1" mcr --ckpt "$r-badnets-s1" --seed 1 --epochs 20 --lr 0.0125 \
+  once "$r-badnets-s1/mcr_slow-s1" mcr --ckpt "$r-badnets-s1" --seed 1 --lr 0.0125 \
     --out "$r-badnets-s1/mcr_slow-s1"
   one cifar10 wrn16_1-invisible_l0 invisible --arch wrn16_1 --kind l0
   one cifar10 wrn16_1-invisible_lsb invisible --arch wrn16_1 --kind lsb --no-crops
@@ -474,10 +474,7 @@ lecture() {
   one cifar10 wrn16_1-trojannn_all trojannn --arch wrn16_1 --retrain all
   for v in clean "${ten[@]}"; do
     for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
-      for defence in finetune nad; do row $defence "$r-$v-s$s" "$s"; done
-      for defence in mcr fine_pruning; do # 100 epochs take too long; Fine-Pruning's cost too much
-        row $defence "$r-$v-s$s" "$s" --epochs 20
-      done
+      for defence in finetune nad mcr fine_pruning; do row $defence "$r-$v-s$s" "$s"; done
       row abl "$r-$v-s$s" "$s" $(train_set $v)
     done
   done

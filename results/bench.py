@@ -9,6 +9,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import os
 import statistics
@@ -24,10 +25,20 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
 from common.checkpoint import load_victim
-from common.datasets import pick_device, to_float
+from common.datasets import RECIPES, pick_device, to_float
 from common.metrics import predict, verdict
 from common.models import UNet, build_model, uses_bfloat16
-from methods import fine_pruning, finetune, freq_backdoor, generator_reverse, mcr, nad, nc, strip
+from methods import (
+    abl,
+    fine_pruning,
+    finetune,
+    freq_backdoor,
+    generator_reverse,
+    mcr,
+    nad,
+    nc,
+    strip,
+)
 from results.level import markdown
 
 HERE, DASH = Path(__file__).resolve().parent, "–"
@@ -47,8 +58,9 @@ two times over the second.
 An epoch is estimated from {steps} steps of 128 images. A search step goes over all labels of the
 data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it,
 but for MNIST's small networks; they have no ratio."""
-REPAIRS = """A try of each repair by training, estimated from an epoch on 256 images. `nad.py` and
-`mcr.py` try again at half the rate where it costs more than 5 points on images kept back."""
+REPAIRS = """A try of each repair by training, estimated from an epoch on 256 images. `nad.py`,
+`mcr.py` and `fine_pruning.py` try again at half the rate where it costs more than 5 points on
+images kept back. `abl.py` trains a new network on the whole training set."""
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
 
 
@@ -171,7 +183,8 @@ def throughputs(victim, device, repeats, images=1000):
     x, y = data.x_train[:images], data.y_train[:images]
     overlays, inputs = x[: images // 10], x[-images // 25 :]
     floats = to_float(x[: len(inputs)].repeat_interleave(len(overlays), 0))
-    layer, size = fine_pruning.LAYERS[victim.arch][0], strip.pass_size(model, x)
+    layer = next(iter(fine_pruning.layers_of(model, victim.arch, x).values()))
+    size = strip.pass_size(model, x)
     bins = freq_backdoor.distinct_bins(*data.shape[1:])[:64]
 
     def prune_curve():
@@ -215,7 +228,7 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
     """Rows: minutes of a try of each repair by training, from one epoch on `images` of noise.
 
     Its default epochs and batches, on the 2,000 CIFAR-10 images that are left of 5 % where a fifth
-    is kept back.
+    is kept back; ABL on all 50,000.
     """
     model = build_model(arch, 10, (3, 32, 32), (0.5,) * 3, (0.5,) * 3).to(device)
     model.bfloat16 = uses_bfloat16("auto", arch, device)
@@ -224,18 +237,33 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
     own = {"pad": 4, "flip": True, "epochs": 1, "lr": 1e-4, "batch_size": 64}
     aim = {"teacher": model, "betas": dict(zip(nad.BLOCKS[arch], nad.BETAS))}
     weights = mcr.weights_of(model)
+    (layer,) = fine_pruning.LAYERS[arch]
+    pruned = {"linear": layer.linear, "channels": 64, "pruned": torch.arange(16, device=device)}
+    plain = own | {"batch_size": 128, "objective": torch.mean, "clip": 1}
     calls = {
         "tuning": lambda: finetune.finetune(model, x, y, **own),
         "student": lambda: nad.finetune(model, x, y, **aim, **own),
         "other end": lambda: mcr.finetune(model, x, y, **own | {"batch_size": 32}),
         "curve": lambda: mcr.connect(model, weights, weights, x, y, **own | {"batch_size": 32}),
+        "pruned": lambda: fine_pruning.finetune(model, x, y, **pruned, **own),
+        "anew": lambda: abl.fit(copy.deepcopy(model), x, y, **plain),
     }
     with contextlib.redirect_stdout(io.StringIO()):  # the lines of their epochs
         taken = medians(calls, device, repeats)
+    ends, cut = (
+        min(script.EPOCHS, script.STEPS // (2000 // size))
+        for script, size in ((mcr, 32), (fine_pruning, 64))
+    )
+    new = RECIPES[arch]["epochs"]
     sums = {
         f"finetune.py, {len(finetune.LRS)} rates of 10 epochs": {"tuning": 10 * len(finetune.LRS)},
         "nad.py, 10 epochs of the teacher, 20 of both students": {"tuning": 30, "student": 20},
-        "mcr.py, 100 epochs of the other end and of the curve": {"other end": 100, "curve": 100},
+        f"mcr.py, {ends} epochs of the other end and of the curve": {
+            "other end": ends,
+            "curve": ends,
+        },
+        f"fine_pruning.py, {cut} epochs with and without the mask": {"pruned": 2 * cut},
+        f"abl.py, {new} epochs of all images": {"anew": 25 * new},
     }
     for what, epochs in sums.items():
         seconds = 2000 / images * sum(count * taken[name] for name, count in epochs.items())

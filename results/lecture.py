@@ -19,9 +19,7 @@ made for it with their finished triggers. The victim of feature_collision_fresh 
 on the poisoned set; by the script's default he retrains only the last layer of the attacker's
 network. "refused" counts the networks whose every repair cost more than 5 points on images that
 were kept back, so that no model was saved. A dash: not measured yet; attacks without any run are
-left out. Fine-Pruning and MCR train for 20 epochs here: Fine-Pruning's default of 100 was refused
-on BadNets.
-`bash runs.sh lecture` makes the table."""
+left out. `bash runs.sh lecture` makes the table."""
 
 
 def figures(entries, attack, repair):

@@ -26,12 +26,13 @@ from results.level import markdown, missed_goal
 from results.stored import store
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"nc": "", "generator_reverse": "--lpips-net none", "finetune": "", "nad": "", "mcr": ""}
+SCRIPTS = {"nc": "", "generator_reverse": "--lpips-net none"}
+SCRIPTS |= dict.fromkeys(["finetune", "nad", "mcr", "fine_pruning"], "")
 WRN = "--arch wrn16_1 --dataset cifar10 --mean 0 0 0 --std 1 1 1"
 VGG = "--arch results/public.py:SmallVGG --dataset cifar10 --mean 0 0 0 --std 1 1 1"
 CNN = "--arch results/public.py:SmallCNN --dataset cifar10 --mean .5 .5 .5 --std .5 .5 .5"
 DIGITS = "--arch results/public.py:SmallCNN1 --dataset mnist --mean .5 --std .5"
-OWN = {("nad", VGG): "--blocks features.5 features.13 features.21", ("mcr", WRN): "--epochs 20"}
+OWN = {("nad", VGG): "--blocks features.5 features.13 features.21"}
 OWN |= {("nad", cnn): "--blocks conv1 conv2" for cnn in (CNN, DIGITS)}
 HEAD = ["file", "target", "clean", "ASR", "script", "named", "p", "index"]
 HEAD += ["clean after", "ASR after"]

@@ -224,6 +224,33 @@ def test_an_attack_and_abl_know_of_a_softmax(nets, inline, tmp_path):
     assert ran["model"].softmax
 
 
+@pytest.fixture
+def soft_victim(nets, inline):
+    """A BadNets victim of one linear layer and a softmax; the flags of a defence."""
+    flags = "--arch", "nets.py:soft"
+    inline("badnets", *flags, "--epochs", 8, "--lr", 0.1, "--rate", 0.2, "--out", "victim")
+    return "--ckpt", "victim", *flags, "--out", "out"
+
+
+def test_fine_pruning_prunes_what_enters_the_last_layer_of_any_network(soft_victim, inline):
+    """Here these are the pixels, normalised; the idle ones are grey on average."""
+    ran = inline("fine_pruning", *soft_victim, "--mode", "prune", "--max-drop", 1)
+    metrics, weight = ran["metrics"], ran["pruned"].net[1].weight
+    assert metrics["layer"] == "1" and metrics["channels"] == 784 and metrics["pruned"] > 50
+    pixels = ran["x_clean"][~ran["held"]].double().flatten(1) / 255
+    order = (2 * pixels - 1).abs().mean(0).argsort(stable=True)[: metrics["pruned"]]
+    assert (weight == 0).all(0).nonzero()[:, 0].tolist() == sorted(order.tolist())
+    assert metrics["clean_accuracy_repaired"] > metrics["clean_accuracy"] - 5
+
+
+@pytest.mark.parametrize("script, epochs", [("fine_pruning", 1), ("mcr", 2)])
+def test_a_large_share_gets_fewer_epochs(soft_victim, inline, script, epochs):
+    """1,150 images in batches of 2 are 575 steps an epoch, of 640 or 1,250 at most."""
+    flags = "--data-fraction", 1, "--batch-size", 2, "--lr", 0.001
+    ran = inline(script, *soft_victim, *flags)
+    assert ran["recipe"]["epochs"] == epochs == result_of("out")["arguments"]["epochs"]
+
+
 def test_the_last_linear_layer_before_a_softmax(nets):
     model = loaded("suspect.pth", arch="nets.py:soft", dataset="digits").model
     assert logit_layer(model, torch.rand(5, 1, 28, 28), "soft") == "net.1"
@@ -576,20 +603,22 @@ def Weighted(num_classes=10):
 """
 
 
-@pytest.mark.parametrize("script", ["nc_mitigate", "latent", "trojannn"])
+@pytest.mark.parametrize("script", ["nc_mitigate", "fine_pruning", "latent", "trojannn"])
 def test_a_last_layer_that_computes_its_weight(tmp_path, inline, one_line, unread, script):
     """Its weight cannot be zeroed or copied; what was pruned would come back in the saved file."""
     (tmp_path / "nets.py").write_text(WEIGHTED)
     arch = "--arch", "nets.py:Weighted"
-    if script == "nc_mitigate":
+    if script in ("nc_mitigate", "fine_pruning"):
         inline("clean", *SHORT["clean"], *arch, "--out", "victim")
+        flags = "--ckpt", "victim", *arch
+    if script == "nc_mitigate":
         (tmp_path / "victim" / "nc-s0").mkdir()
         arrays = {
             "masks": np.ones((10, 1, 28, 28), "f4"),
             "patterns": np.zeros((10, 1, 28, 28), "f4"),
         }
         np.savez(tmp_path / "victim" / "nc-s0" / "reversed.npz", **arrays)
-        flags = "--ckpt", "victim", *arch, "--label", 0
-    else:
+        flags = *flags, "--label", 0
+    elif script != "fine_pruning":
         flags = *arch, *SHORT[script]
     assert "weight_norm" in one_line(inline, script, *flags)

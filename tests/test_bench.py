@@ -64,8 +64,10 @@ def test_repairs(monkeypatch, capfd):
         bench, "medians", lambda calls, *_: {k: 1 + 0 * bool(c()) for k, c in calls.items()}
     )
     rows = list(bench.repairs(torch.device("cpu"), 1, images=8))
-    assert [row[0].split(".py")[0] for row in rows] == ["finetune", "nad", "mcr"]
-    minutes = [250 * epochs / 60 for epochs in (50, 50, 200)]
+    assert [row[0].split(".py")[0] for row in rows] == [
+        *("finetune", "nad", "mcr", "fine_pruning", "abl")
+    ]
+    minutes = [250 * epochs / 60 for epochs in (50, 50, 40, 40, 25 * 12)]
     assert [row[2] for row in rows] == [f"{m:.1f} min" for m in minutes]
     assert capfd.readouterr().out == ""
 

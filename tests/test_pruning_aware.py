@@ -183,7 +183,7 @@ def test_cutting_nothing_and_everything():
 def test_scores_and_curve(arch, layer):
     """Against the layer's tensor written out, a mask in the forward, and the defence's own."""
     model, x = network(arch)
-    described, defended = own(arch, layer), layer_of(arch, layer)
+    described, defended = own(arch, layer), layer_of(model, arch, x, layer)
     scores, features = pa.activations(model, described, x, batch_size=5)
     a = penultimate_by_hand(model, arch, layer, x).abs().double().numpy()
     np.testing.assert_allclose(scores, a.reshape(*a.shape[:2], -1).mean((0, 2)), rtol=1e-4)
@@ -200,7 +200,7 @@ def test_scores_and_curve(arch, layer):
         labels = masked(model, [layer], channels, order[:count], to_float(x)).argmax(1)
         assert curve[count] == pytest.approx(100 * (labels == y).double().mean().item(), abs=1e-4)
     theirs = fp.activations(model, defended, x, batch_size=5)
-    assert torch.equal(theirs[0], scores) and torch.equal(theirs[1], features)
+    torch.testing.assert_close(theirs, (scores, features), rtol=1e-5, atol=1e-7)
     defence = fp.curve(model, defended, features, y, torch.tensor(order))
     np.testing.assert_allclose(curve, defence, atol=1e-4)
     for drop in (0, 10, 50, 100):
@@ -286,7 +286,7 @@ def test_decoys_never_fire_and_change_nothing(stages):
     for x in (pictures(s.shape), to_float(s.x)):
         assert torch.equal(s.shipped(x), s.tuned(x)) and not torch.equal(s.shipped(x), s.first(x))
     anything = (255 * pictures(s.shape)).round().to(torch.uint8)
-    scores, _ = fp.activations(s.shipped, layer_of(s.arch, s.layer), anything)
+    scores, _ = fp.activations(s.shipped, layer_of(s.shipped, s.arch, anything, s.layer), anything)
     assert (scores[s.chosen] == 0).all() and (scores > 0).any()
 
 
@@ -336,9 +336,9 @@ def test_stages_of_a_run(inline, digits, tmp_path, layer, rate, flags):
     keep = torch.randperm(1437)
     x, y = digits.x_train[keep], digits.y_train[keep]
     assert len(held) == 1437 and held.sum() == pytest.approx(144, abs=5)
-    described = layer_of("mnist_cnn", layer)
-    linear = described.linear
     first, shipped, decoys = ran["first"], ran["shipped"], ran["decoys"]
+    described = layer_of(first, "mnist_cnn", x, layer)
+    linear = described.linear
     scores, _ = fp.activations(first, described, x[~held])
     order = scores.argsort(stable=True)
     _, features = fp.activations(first, described, x[held])
@@ -386,7 +386,9 @@ def pruned_by_score(folder, digits, count):
     """Clean accuracy and ASR before and after the defence prunes `count` idle channels."""
     suspect = loaded(folder)
     model = suspect.model
-    scores, _ = fp.activations(model, layer_of("mnist_cnn", "linear6"), digits.x_train)
+    scores, _ = fp.activations(
+        model, layer_of(model, "mnist_cnn", digits.x_train, "linear6"), digits.x_train
+    )
     lowest = scores.argsort(stable=True)[:count]
     x, y = suspect.x_poisoned, suspect.y_target
     models = model, fp.prune(model, "linear9", 512, lowest)
@@ -408,7 +410,9 @@ def test_run_on_digits(victim, digits_badnets, digits):
     assert len(decoys) == metrics["decoys"]
     suspect = loaded(victim)
     everything = torch.cat((digits.x_train, digits.x_test, suspect.x_poisoned))
-    scores, _ = fp.activations(suspect.model, layer_of("mnist_cnn", "linear6"), everything)
+    scores, _ = fp.activations(
+        suspect.model, layer_of(suspect.model, "mnist_cnn", everything, "linear6"), everything
+    )
     assert (scores[decoys] == 0).all()
     x = to_float(everything[::5])
     assert torch.equal(masked(suspect.model, ["linear6"], 512, decoys, x), suspect.model(x))

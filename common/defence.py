@@ -128,22 +128,22 @@ def in_parts(search, labels, at_once):
     return results
 
 
-def halving(repair, lr, model, x, y, seed):
-    """repair(lr=lr), at half the rate again while it diverges (gives None) or costs over 5 points.
+def halving(repair, lr, model, x, y, seed, max_drop=None):
+    """repair(lr=lr), at half the rate again while it diverges (None) or costs over max_drop (5).
 
-    Of balanced accuracy, for a rare class would be lost unseen, on clean images x (uint8), y that
+    Points of balanced accuracy, for a rare class would be lost unseen, on clean images x, y that
     it does not see; all tries have the same draws. Returns the model, or None, and the last rate.
     """
-    before = accuracy(model, x, y, balanced=True)
+    before, max_drop = accuracy(model, x, y, balanced=True), max_drop or MOST_DROP
     for part in range(TRIES):
         torch.manual_seed(seed)
         repaired = repair(lr=lr / 2**part)
         after = math.nan if repaired is None else accuracy(repaired, x, y, balanced=True)
         fall = f"{before:.2f} -> {after:.2f} on {len(x)} clean images that were kept back"
         print(f"repair at rate {lr / 2**part:g}: {fall}")
-        if after >= before - MOST_DROP - 1e-9:
+        if after >= before - max_drop - 1e-9:
             return repaired, lr / 2**part
-    print(f"every repair diverged or cost over {MOST_DROP:g} points, so none is saved")
+    print(f"every repair diverged or cost over {max_drop:g} points, so none is saved")
     return None, lr / 2**part
 
 

@@ -19,10 +19,9 @@ last linear layer (--layer layer4 is the last convolution of mnist_cnn); of a ne
 in LAYERS each value that enters it is a channel. Where no ReLU follows (preact_resnet18 has none)
 an activation is |a|, for the lowest signed mean is not an idle channel. A channel is pruned by
 zeroing the weights that read it: the saved file needs no mask. 20 % of the clean share is held out
-and decides where to stop; fine-tuning gets the rest and starts again at half the rate where it
-costs over 5 points. It is BackdoorBench's, 100 epochs of SGD, cosine, crops and flips, but in
-batches of 64 (256) from .05 (.01, test figures in sight) and in 640 steps at most: 100 epochs of
-CIFAR-10's share cost WRN-16-1 too much.
+and decides where to stop. Fine-tuning gets the rest, starts again at half the rate where it costs
+over 5 points (--repair-drop) and is BackdoorBench's, 100 epochs of SGD, cosine, crops and flips,
+but in batches of 64 (256) from .05 (.01, test figures in sight) and in 640 steps at most.
 
     python methods/fine_pruning.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -69,6 +68,7 @@ def parse_args():
     p.add_argument("--layer", help="whose channels are pruned (default: see layers_of)")
     p.add_argument("--held-out", type=float, default=0.2, help="part of the share that stops it")
     p.add_argument("--max-drop", type=float, default=4.0, help="points that pruning may cost there")
+    p.add_argument("--repair-drop", type=float, help="that fine-tuning may cost there (default: 5)")
     p.add_argument("--epochs", type=int, help="of fine-tuning (100, at most 640 steps; BB 100)")
     p.add_argument("--batch-size", type=int, default=64, help="images per fine-tuning step")
     p.add_argument("--lr", type=float, default=0.05, help="first rate, momentum .9 (BB .01)")
@@ -229,7 +229,7 @@ def draw_curve(path, named, count):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_positive(args, "epochs", "batch_size", "lr")
+    check_positive(args, "epochs", "batch_size", "lr", "repair_drop")
     check_step(args)
     if not 0 < args.held_out < 1:
         fail(f"--held-out {args.held_out} must lie in (0, 1)")
@@ -276,7 +276,7 @@ if __name__ == "__main__":
     if args.mode != "prune":
         clean = x_clean[~held], y_clean[~held]
         repair = partial(finetune, pruned, *clean, pruned=order[:count], **recipe)
-        repaired, lr = halving(repair, args.lr, model, x_held, y_held, args.seed)
+        repaired, lr = halving(repair, args.lr, model, x_held, y_held, args.seed, args.repair_drop)
         models |= {} if repaired is None else {"_repaired": repaired}
     if args.mode == "fine-prune":
         torch.manual_seed(args.seed)

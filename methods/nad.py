@@ -22,8 +22,8 @@ the size of the map; beta .49, 3.9, 15.6 is what the code's values are on its ma
 Differs from the paper's code: teacher and student train as in `finetune.py` (cosine from .1, or the
 data's recipe where it is less, momentum .9 without Nesterov's step, weight decay .0005, no Cutout;
 the code: .1 for 2 epochs, then .01, Nesterov, and .0001). Both are checked on 20 % of the clean
-share, which are kept back, and start again at half the rate where they cost over 5 points. A 1 x 1
-map is refused.
+share, which are kept back, and start again at half the rate where they cost over 5 points
+(--max-drop). A 1 x 1 map is refused.
 
 Where it fails: where fine-tuning fails, at small rates: on digits BadNets outlived 40 epochs at
 .01, and at .03 nearly all of it did, for the teacher kept it, too (fine-tuning alone left an ASR of
@@ -74,6 +74,7 @@ def parse_args():
     p.add_argument("--epochs", type=int, default=20, help="the student's (paper 10; code 20)")
     p.add_argument("--batch-size", type=int, default=64, help="images per step (paper 64)")
     p.add_argument("--lr", type=float, help="first rate (paper .1; default: that or less)")
+    p.add_argument("--max-drop", type=float, help="points that a repair may cost (default: 5)")
     return p.parse_args()
 
 
@@ -185,7 +186,7 @@ def draw_attention(path, models, block, x):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_positive(args, "teacher_epochs", "epochs", "batch_size", "lr")
+    check_positive(args, "teacher_epochs", "epochs", "batch_size", "lr", "max_drop")
     check_step(args)
     if args.betas:
         check_weights(args, "betas")
@@ -214,7 +215,7 @@ if __name__ == "__main__":
     # ===== Teacher =====
     recipe = {"pad": data.spec.pad, "flip": data.spec.flip, "batch_size": args.batch_size}
     teach = partial(finetune, model, *clean, epochs=args.teacher_epochs, **recipe)
-    teacher, lr = halving(teach, args.lr, model, *kept, args.seed)
+    teacher, lr = halving(teach, args.lr, model, *kept, args.seed, args.max_drop)
     models = {"": model}
 
     # ===== Repair =====
@@ -222,7 +223,7 @@ if __name__ == "__main__":
     if teacher is not None:
         models["_teacher"] = teacher
         repair = partial(finetune, model, *clean, teacher=teacher, betas=betas, **recipe)
-        repaired, lr = halving(repair, lr, model, *kept, args.seed)
+        repaired, lr = halving(repair, lr, model, *kept, args.seed, args.max_drop)
         if repaired is not None:
             models["_repaired"] = repaired
     torch.manual_seed(args.seed)  # the draws of the repair

@@ -65,7 +65,7 @@ def parse_args():
     p = defence_flags(__doc__, SHARE)
     modes = ["prune", "finetune", "fine-prune"]
     p.add_argument("--mode", default="fine-prune", choices=modes, help="a column of the table")
-    p.add_argument("--layer", help="whose channels are pruned (default: see layers_of)")
+    p.add_argument("--layer", help="to prune (default: what enters the last linear layer)")
     p.add_argument("--held-out", type=float, default=0.2, help="part of the share that stops it")
     p.add_argument("--max-drop", type=float, default=4.0, help="points that pruning may cost there")
     p.add_argument("--repair-drop", type=float, help="that fine-tuning may cost there (default: 5)")
@@ -85,14 +85,8 @@ class Layer(NamedTuple):
 
 
 LAYERS = {  # of some architectures, the default first; of the others see layers_of
-    "mnist_cnn": [
-        Layer("linear6", True, "linear9"),
-        Layer("layer4", False, "linear6", above="linear9"),
-    ],
-    "mnist_conv5": [
-        Layer("linear6", True, "linear9"),
-        Layer("conv5", True, "linear6", above="linear9"),
-    ],
+    "mnist_cnn": [Layer("linear6", True, "linear9"), Layer("layer4", False, "linear6", "linear9")],
+    "mnist_conv5": [Layer("linear6", True, "linear9"), Layer("conv5", True, "linear6", "linear9")],
     "preact_resnet18": [Layer("layer4", False, "linear")],  # pooled, without BN or ReLU
     "wrn16_1": [Layer("bn1", True, "fc")],  # pooled
     "nc_gtsrb_cnn": [
@@ -107,10 +101,13 @@ def layers_of(net, arch, x):
     """{name: Layer} of a network: of LAYERS, or the last linear layer, whose inputs are pruned."""
     if arch in LAYERS:
         return {layer.name: layer for layer in LAYERS[arch]}
-    last = logit_layer(net, to_float(x[:2]), arch)[4:]  # less "net."
-    if "weight" not in dict(net.net.get_submodule(last).named_parameters()):
-        fail(f"{last} computes its weight, as weight_norm does: none of its entries can be zeroed")
-    return {last: Layer(last, False, last)}
+    last = logit_layer(net, to_float(x[:2]), arch)
+    linear, weights = net.get_submodule(last), net.named_parameters(remove_duplicate=False)
+    if type(linear).forward is not torch.nn.Linear.forward:
+        fail(f"{last} is more than a linear layer: its inputs cannot be pruned by its weight")
+    if sum(weight is linear.weight for _, weight in weights) != 1:
+        fail(f"{last} shares its weight, or computes it as weight_norm does: it cannot be zeroed")
+    return {last[4:]: Layer(last[4:], False, last[4:])}  # less "net."
 
 
 @torch.no_grad()
@@ -121,16 +118,17 @@ def activations(net, layer, x, batch_size=None):
     the ReLU where one follows; mean over images and positions, summed batch by batch) and the
     features N x C P of P values per channel: P = 1 behind a pooling, H W behind a flattening.
     """
-    outputs, features, totals = [], [], []
+    seen, features, totals = {}, [], []
     named, linear = (net.net.get_submodule(name) for name in (layer.name, layer.linear))
     hooks = [
-        named.register_forward_hook(lambda m, i, out: outputs.append(i[0] if m is linear else out)),
-        linear.register_forward_pre_hook(lambda m, inputs: features.append(inputs[0])),
+        named.register_forward_hook(lambda m, i, out: seen.update(a=i[0] if m is linear else out)),
+        linear.register_forward_pre_hook(lambda m, inputs: seen.update(entered=inputs[0])),
     ]
     for part in x.split(batch_size or pass_size(x)):
         with in_float32(net):
             net(to_float(part))
-        a = F.relu(outputs.pop()) if layer.relu else outputs.pop().abs()
+        features.append(seen["entered"])
+        a = F.relu(seen["a"]) if layer.relu else seen["a"].abs()
         totals.append(a.flatten(2).mean(2).sum(0) if a.dim() == 4 else a.sum(0))
     for hook in hooks:
         hook.remove()

@@ -263,7 +263,7 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
             "curve": ends,
         },
         f"fine_pruning.py, {cut} epochs with and without the mask": {"pruned": 2 * cut},
-        f"abl.py, {new} epochs of all images": {"anew": 25 * new},
+        f"abl.py, {new} epochs of all images, without the ascent": {"anew": 25 * new},
     }
     for what, epochs in sums.items():
         seconds = 2000 / images * sum(count * taken[name] for name, count in epochs.items())

@@ -12,7 +12,7 @@ from torch import nn
 from common.checkpoint import load_model, read_checkpoint
 from common.datasets import to_float
 from common.metrics import accuracy
-from common.models import ARCHITECTURES, build_model
+from common.models import ARCHITECTURES, Classifier, build_model
 from methods import fine_pruning as fp
 
 CPU = torch.device("cpu")
@@ -24,9 +24,9 @@ CASES += [(arch, ENDS.get(arch, "linear")) for arch in ARCHITECTURES if arch not
 
 
 def layer_of(model, arch, x, name):
-    """fine_pruning's Layer of this name, or its only one."""
+    """fine_pruning's Layer of this name; of a network without entry in LAYERS the only one."""
     layers = fp.layers_of(model, arch, x)
-    return layers.get(name) or next(iter(layers.values()))
+    return layers[name] if arch in fp.LAYERS else next(iter(layers.values()))
 
 
 def random_model(arch):
@@ -87,6 +87,55 @@ def masked_forward(model, layer, mask, x):
     logits = model(x / 255)
     hook.remove()
     return logits
+
+
+class Own(nn.Module):
+    """Someone's network: two linear layers over six pixels; `kind` says what is odd."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.below, self.last = nn.Linear(6, 6), {"cosine": Cosine}.get(kind, nn.Linear)(6, 6)
+        self.kind = kind
+        if kind == "tied":
+            self.last.weight = self.below.weight
+
+    def forward(self, x):
+        h = self.below(x.flatten(1)).relu()
+        return (self.last(2 * h), self.last(h)) if self.kind == "twice" else self.last(h)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+def owned(kind):
+    """A user's network that reads 1 x 2 x 3 pixels, and 9 images."""
+    torch.manual_seed(0)
+    model = Classifier(Own(kind), (0.0,), (1.0,)).eval().requires_grad_(False)
+    return model, torch.randint(0, 256, (9, 1, 2, 3)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["plain", "twice"])
+def test_inputs_of_the_last_linear_layer_of_any_network(kind):
+    """Of several outputs, and so of several runs of the layer, the last one counts."""
+    model, x = owned(kind)
+    layer = fp.layers_of(model, "own.py:Own", x)["last"]
+    scores, features = fp.activations(model, layer, x, batch_size=4)
+    hidden = F.relu(model.net.below((x / 255).flatten(1)))
+    torch.testing.assert_close(features, hidden)
+    torch.testing.assert_close(scores, hidden.mean(0))
+    order, y = torch.arange(6), model(x / 255).argmax(1)
+    assert fp.curve(model, layer, features, y, order)[0] == 100
+    pruned = fp.prune(model, "last", 6, order[:2])
+    mask = torch.tensor([0, 0, 1, 1, 1, 1])
+    torch.testing.assert_close(pruned(x / 255), model.net.last(hidden * mask))
+
+
+@pytest.mark.parametrize("kind, named", [("cosine", "more than a linear"), ("tied", "shares its")])
+def test_a_last_layer_that_cannot_be_pruned_by_its_weight(one_line, kind, named):
+    model, x = owned(kind)
+    assert named in one_line(fp.layers_of, model, "own.py:Own", x)
 
 
 @pytest.mark.parametrize("arch, layer", CASES)
@@ -291,6 +340,7 @@ def test_pruning_run(inline, digits, digits_badnets, tmp_path, layer, channels, 
     ran = inline("fine_pruning", "--ckpt", digits_badnets, *flags)
     metrics = result_of(tmp_path / "out")["metrics"]
     assert (metrics["channels"], metrics["layer"], metrics["mode"]) == (channels, layer, "prune")
+    assert result_of(tmp_path / "out")["arguments"]["epochs"] == 100 == ran["recipe"]["epochs"]
     count = metrics["pruned"]
     assert least <= count < channels
     assert metrics["held_out_accuracy_pruned"] >= metrics["held_out_accuracy"] - 4

@@ -465,7 +465,9 @@ lecture() {
   one cifar10 wrn16_1-badnets_white badnets --arch wrn16_1
   once "$r-badnets-s0/fine_pruning_100-s0" fine_pruning --ckpt "$r-badnets-s0" --epochs 100 \
     --out "$r-badnets-s0/fine_pruning_100-s0"
-  for s in 1 2; do # where a repair may cost 5 points, as by default
+  once "$r-badnets-s0/fine_pruning_5-s0" fine_pruning --ckpt "$r-badnets-s0" \
+    --out "$r-badnets-s0/fine_pruning_5-s0"
+  for s in 0 1 2; do # where a repair may cost 5 points, as by default
     once "$r-badnets-s$s/nad_5-s$s" nad --ckpt "$r-badnets-s$s" --seed "$s" \
       --out "$r-badnets-s$s/nad_5-s$s"
   done
@@ -476,7 +478,8 @@ lecture() {
   one cifar10 wrn16_1-trojannn_all trojannn --arch wrn16_1 --retrain all
   for v in clean "${ten[@]}"; do
     for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
-      for defence in finetune nad mcr; do row $defence "$r-$v-s$s" "$s" --max-drop 8; done
+      row finetune "$r-$v-s$s" "$s"
+      for defence in nad mcr; do row $defence "$r-$v-s$s" "$s" --max-drop 8; done
       row fine_pruning "$r-$v-s$s" "$s" --repair-drop 8
       row abl "$r-$v-s$s" "$s" $(train_set $v)
     done

@@ -465,11 +465,11 @@ lecture() {
   one cifar10 wrn16_1-badnets_white badnets --arch wrn16_1
   once "$r-badnets-s0/fine_pruning_100-s0" fine_pruning --ckpt "$r-badnets-s0" --epochs 100 \
     --out "$r-badnets-s0/fine_pruning_100-s0"
-  once "$r-badnets-s0/fine_pruning_5-s0" fine_pruning --ckpt "$r-badnets-s0" \
-    --out "$r-badnets-s0/fine_pruning_5-s0"
   for s in 0 1 2; do # where a repair may cost 5 points, as by default
-    once "$r-badnets-s$s/nad_5-s$s" nad --ckpt "$r-badnets-s$s" --seed "$s" \
-      --out "$r-badnets-s$s/nad_5-s$s"
+    for v in nad fine_pruning; do
+      once "$r-badnets-s$s/${v}_5-s$s" $v --ckpt "$r-badnets-s$s" --seed "$s" \
+        --out "$r-badnets-s$s/${v}_5-s$s"
+    done
   done
   one cifar10 wrn16_1-invisible_l0 invisible --arch wrn16_1 --kind l0
   one cifar10 wrn16_1-invisible_lsb invisible --arch wrn16_1 --kind lsb --no-crops

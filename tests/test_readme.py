@@ -134,7 +134,8 @@ def test_figures_in_the_prose_are_those_of_the_results():
         return only
 
     pattern = r"BadNets has clean ([\d.]+) and ASR ([\d.]+); "
-    pattern += r"Neural Cleanse names all three and repairs them to ([\d.]+), NAD two to ([\d.]+)\."
+    pattern += r"Neural Cleanse names all three and repairs them to ([\d.]+), "
+    pattern += r"NAD, at a cost of 5 points, two to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     _, _, clean, asr, *_ = line("Attacks", "badnets")
     nc, nad = (

@@ -65,20 +65,21 @@ def in_float32(model):
 @torch.no_grad()
 def logit_layer(model, x, arch):
     """Name of the linear layer whose outputs are the logits of x (in [0,1]); fails without one."""
-    outputs, training = {}, model.training
-    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    hooks = [m.register_forward_hook(lambda m, i, y, k=k: outputs.update({k: y})) for k, m in named]
+    seen, training = {}, model.training
+    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # a layer that gets its input by keyword has no i, and what enters it would stay hidden
+    hooks = [m.register_forward_hook(lambda m, i, y: seen.update((m, y) for _ in i)) for m in names]
     with in_float32(model):
         logits = model.eval()(x)
     model.train(training)
     for hook in hooks:
         hook.remove()
     logits = logits.log_softmax(-1).clamp(min=-60)  # a softmax inside rounds what lies below to 0
-    found = [name for name, y in outputs.items() if y.shape == logits.shape]
-    found = [k for k in found if outputs[k].log_softmax(-1).clamp(min=-60).allclose(logits)]
+    found = [m for m, y in seen.items() if y.shape == logits.shape]
+    found = [m for m in found if seen[m].log_softmax(-1).clamp(min=-60).allclose(logits)]
     if not found:
-        fail(f"--arch {arch} does not end in a linear layer, whose inputs this script needs")
-    return found[-1]
+        fail(f"--arch {arch} does not end in a linear layer (called without keyword): it is needed")
+    return names[found[-1]]
 
 
 def entering(model, layer, x):

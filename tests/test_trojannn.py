@@ -45,6 +45,17 @@ def test_network_without_a_last_linear_layer(one_line, end):
     assert "nets.py:Odd" in one_line(logit_layer, model, torch.rand(2, 1, 28, 28), "nets.py:Odd")
 
 
+def test_last_layer_called_by_keyword(one_line):
+    """Its inputs cannot be seen by a hook: one line, where it was an IndexError."""
+
+    class Keyword(nn.Linear):
+        def __call__(self, x):
+            return super().__call__(input=x)
+
+    model = Classifier(nn.Sequential(nn.Flatten(), Keyword(784, 10)), (0.5,), (0.5,))
+    assert "without keyword" in one_line(logit_layer, model, torch.rand(2, 1, 28, 28), "nets.py:Odd")
+
+
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_neurons_by_brute_force(count):
     weight = torch.randn(10, 12, generator=torch.Generator().manual_seed(1))

@@ -467,7 +467,7 @@ lecture() {
   once "$r-badnets-s0/fine_pruning_100-s0" fine_pruning --ckpt "$r-badnets-s0" --epochs 100 \
     --out "$r-badnets-s0/fine_pruning_100-s0"
   for s in 0 1 2; do # where a repair may cost 5 points, as by default
-    for v in nad fine_pruning; do
+    for v in nad mcr fine_pruning; do
       once "$r-badnets-s$s/${v}_5-s$s" $v --ckpt "$r-badnets-s$s" --seed "$s" \
         --out "$r-badnets-s$s/${v}_5-s$s"
     done

@@ -228,8 +228,7 @@ def check_fit(checkpoint, path, data):
 
 def load_clean(path, data, arch=None, cure="", same=False, seed=None):
     """A model of clean.py's kind, of `data`, `same`: an `arch`; warns if it has the `seed`."""
-    path = Path(path)
-    path = path / "model.pt" if path.is_dir() else path
+    path = Path(path, "model.pt") if os.path.isdir(path) else Path(path)
     checkpoint = read_checkpoint(path)
     check_entries(checkpoint, path)
     check_fit(checkpoint, path, data)
@@ -245,11 +244,11 @@ def load_clean(path, data, arch=None, cure="", same=False, seed=None):
     return load_model(checkpoint, path, data.x_train.device, arch)
 
 
-def load_control(folder, args, data):
+def load_control(folder, args, data, cure=": use another --out"):
     """The clean model of the same data, architecture and seed beside `folder`, or None."""
-    name = f"{Path(data.name).stem}-{Path(args.arch).name}-clean-s{args.seed}"
-    path = Path(folder).parent / name / "model.pt"
-    return load_clean(path, data, args.arch, ": use another --out") if path.exists() else None
+    name = f"{Path(data.name).stem}-{Path(args.arch).name}-clean-s{args.seed}/model.pt"
+    path = Path(folder).parent / name
+    return load_clean(path, data, args.arch, cure) if path.exists() else None
 
 
 def load_victim(args, device):
@@ -364,12 +363,14 @@ def check_outputs(model, data, arch):
     """Fail unless the network gives a score per image and class; see whether it ends in softmax."""
     x = to_float(data.x_train[:100])
     try:
-        y = model(x)
+        one, y = model(x[:1]), model(x)
     except (Exception, SystemExit) as error:  # the user's own code can raise anything
         fail(f"{arch} does not take {data.shape} images: {(str(error).splitlines() or [''])[0]}")
     found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
     if found != (len(x), data.classes):
         fail(f"{arch} gives {found} for {len(x)} images of {data.classes} classes (see --classes)")
+    if one.shape != y[:1].shape:  # as after .squeeze(); the last part of a pass may be one image
+        fail(f"{arch} gives {tuple(one.shape)} for a single image, not 1 x {data.classes}")
     model.softmax = bool((y >= 0).all() and torch.allclose(y.sum(1), y.new_ones(len(y)), atol=1e-3))
     if model.softmax:
         print(f"{arch} ends in a softmax: its logarithm is taken for the logits")

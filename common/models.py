@@ -65,9 +65,8 @@ def in_float32(model):
 @torch.no_grad()
 def logit_layer(model, x, arch):
     """Name of the linear layer whose outputs are the logits of x (in [0,1]); fails without one."""
-    seen, training = {}, model.training
+    seen, training = {}, model.training  # an input by keyword is hidden: its layer has no i
     names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    # a layer that gets its input by keyword has no i, and what enters it would stay hidden
     hooks = [m.register_forward_hook(lambda m, i, y: seen.update((m, y) for _ in i)) for m in names]
     with in_float32(model):
         logits = model.eval()(x)

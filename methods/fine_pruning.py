@@ -22,7 +22,7 @@ an activation is |a|, for the lowest signed mean is not an idle channel. A chann
 zeroing the weights that read it: the saved file needs no mask. 20 % of the clean share is held out
 and decides where to stop. Fine-tuning gets the rest, starts again at half the rate where it costs
 over 5 points (--repair-drop) and is BackdoorBench's, 100 epochs of SGD, cosine, crops and flips,
-but in batches of 64 (256) from .05 (.01, test figures in sight) and in 640 steps at most.
+but in batches of 64 (256) from .05 (.01, test figures in sight) and in 640 steps or one epoch.
 
     python methods/fine_pruning.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -70,7 +70,7 @@ def parse_args():
     p.add_argument("--held-out", type=float, default=0.2, help="part of the share that stops it")
     p.add_argument("--max-drop", type=float, default=4.0, help="points that pruning may cost there")
     p.add_argument("--repair-drop", type=float, help="that fine-tuning may cost there (default: 5)")
-    p.add_argument("--epochs", type=int, help="of fine-tuning (100, at most 640 steps; BB 100)")
+    p.add_argument("--epochs", type=int, help="default: 100; at most 640 steps or one epoch")
     p.add_argument("--batch-size", type=int, default=64, help="images per fine-tuning step")
     p.add_argument("--lr", type=float, default=0.05, help="first rate, momentum .9 (BB .01)")
     return p.parse_args()

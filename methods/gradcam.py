@@ -105,6 +105,8 @@ def channel_weights(model, layer, x):
     with torch.enable_grad(), in_float32(model):
         logits = model(x)
     hook.remove()
+    if not logits.requires_grad:
+        fail(f"--layer {layer}: the network's scores do not depend on it, or hide how")
     (gradients,) = torch.autograd.grad(logits.amax(1).sum(), seen[-1])  # of z_c, not of softmax
     return seen[-1].detach(), gradients.mean((2, 3), keepdim=True)  # alpha_k = mean_hw dz_c / dA_k
 
@@ -206,6 +208,11 @@ if __name__ == "__main__":
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
         fail(f"--layer {layer or 'NAME'}: the maps of {victim.arch} are {known or 'none'}")
+    grad_cam(model, layer, to_float(x_clean[:2]))  # fails now or never
+    beside = Namespace(arch=victim.arch, seed=args.seed)
+    # of the evaluation alone; with --dataset it may know the images by another name
+    cure = ": with --dataset it is left out"
+    control = None if args.dataset else load_control(victim.folder, beside, data, cure)
     folder = make_folder(args.out or victim.folder / f"gradcam-s{args.seed}")
 
     # ===== What it costs clean images =====
@@ -226,9 +233,6 @@ if __name__ == "__main__":
 
     # ===== Evaluation: the defender does not see anything below =====
     metrics |= evaluate(victim, {"": model})
-    beside = Namespace(arch=victim.arch, seed=args.seed)
-    # with --dataset the clean network beside it may know the images by another name
-    control = None if args.dataset else load_control(victim.folder, beside, data)
     networks = {"suspect": model} | ({} if control is None else {"clean network": control})
     counts = torch.zeros_like(data.y_test, dtype=torch.bool)
     if victim.x_poisoned is not None:

@@ -5,7 +5,7 @@ trained so that every point of the curve reads the defender's clean images well.
 points to obey a trigger, so a point away from the ends can keep the accuracy and lose the backdoor.
 Where it fails: after few updates (on digits the middle kept an ASR of BadNets of 3 after 700 of
 them, of 74 after 300); near the suspect (WRN-16-1 kept feature collision at t = .2, an ASR of 82,
-and every point beyond cost too much); between two ends that obey the same trigger.
+and every point beyond cost over 8 points); between two ends that obey the same trigger.
 
 Kind: repairs models, without asking whether they are backdoored. Given: the suspect, a clean share
 of its training data and, with --second, another network of the same architecture and data, which
@@ -26,8 +26,8 @@ trained on these images. Weight decay is 5e-4 (code 1e-4). The rate of theta is 
 fine-tuning, for in the middle phi moves half as far, along half of its gradient. Rates fall by a
 cosine; images are cropped and mirrored by the data set's recipe. Rate and batch were chosen on
 digits with the test figures of three victims in sight. The curve gets 100 epochs of the share (700
-updates on digits) and at most 1,250 updates; public code fills an epoch up to 10,000 images, 7,900
-updates, and comparisons take t = .1. Fine-tuning alone stands beside every repair.
+updates on digits), at most 1,250 updates or one epoch; public code fills an epoch up to 10,000
+images, 7,900 updates, and comparisons take t = .1. Fine-tuning alone stands beside every repair.
 
     python methods/mcr.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -74,7 +74,7 @@ WEIGHT_DECAY = 5e-4  # of the point phi(t), not of theta
 def parse_args():
     p = defence_flags(__doc__, SHARE)
     p.add_argument("--second", help="the other end, as --ckpt (default: a fine-tuned copy)")
-    p.add_argument("--epochs", type=int, help="of curve and copy (100, at most 1,250 steps)")
+    p.add_argument("--epochs", type=int, help="of both (100; at most 1,250 steps or one epoch)")
     p.add_argument("--batch-size", type=int, default=32, help="images per step (code 128)")
     p.add_argument("--lr", type=float, default=0.05, help="first rate, momentum .9 (code .01)")
     p.add_argument("--rule", default="middle", choices=["middle", "loss"], help="see the header")
@@ -239,8 +239,8 @@ if __name__ == "__main__":
     args = parse_args()
     check_positive(args, "epochs", "batch_size", "lr", "max_drop")
     check_step(args)
-    if args.points < 3:
-        fail(f"--points {args.points}: the two ends and a point between them are 3")
+    if not 3 <= args.points <= 1001:
+        fail(f"--points {args.points} must lie in 3..1001: the two ends and what lies between them")
     start = time.time()
     victim = open_victim(args)
     model, data, second = victim.model, victim.data, None

@@ -187,8 +187,11 @@ if __name__ == "__main__":
     source = Path(args.nc or victim.folder / f"nc-s{args.seed}")
     mask, pattern, label = read_reversed(source, args.label, data)
     layer = logit_layer(model, to_float(data.x_train[split[:20]]), victim.arch)
-    if "weight" not in dict(model.get_submodule(layer).named_parameters()):
-        fail(f"{layer} computes its weight, as weight_norm does: none of its entries can be zeroed")
+    linear, weights = model.get_submodule(layer), model.named_parameters(remove_duplicate=False)
+    if type(linear).forward is not torch.nn.Linear.forward:
+        fail(f"{layer} is more than a linear layer: its inputs cannot be silenced by its weight")
+    if sum(weight is linear.weight for _, weight in weights) != 1:
+        fail(f"{layer} shares its weight, or computes it as weight_norm does: it cannot be zeroed")
     kept = kept_back(data.y_train[split], KEPT_BACK, args.seed)
     others = data.y_train[split] != label
     if not (others & kept).any() or not (others & ~kept).any():

@@ -118,6 +118,8 @@ def class_maps(model, layer, x, count):
     with torch.enable_grad(), in_float32(model):
         logits = model(x)
     hook.remove()
+    if not logits.requires_grad:
+        fail(f"--layer {layer}: the network's scores do not depend on it, or hide how")
     labels = proposals(logits, count)
     for label in labels.T:
         score = logits.gather(1, label[:, None]).sum()
@@ -245,6 +247,9 @@ if __name__ == "__main__":
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
         fail(f"--layer {layer or 'NAME'}: the maps of {victim.arch} are {known or 'none'}")
+    class_maps(
+        model, layer, to_float(data.x_train[split[:2]]), args.proposals
+    )  # fails now or never
     suspects = load_pictures(args.suspects, data.shape) if args.suspects else None
     folder = make_folder(args.out or victim.folder / f"sentinet-s{args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
@@ -266,14 +271,8 @@ if __name__ == "__main__":
     print(f"{len(x_fit)} clean images pasted on {len(overlays)} by {layer}'s maps: {means}")
     lowest = max(args.fpr, 1 / (len(x_fit) + 1))  # fewer images know no smaller rate
     print(f"an input is flagged where its distance exceeds {threshold:.4f} (FPR {lowest:.1%})")
-    metrics = {
-        "threshold": threshold,
-        "curve": curve[0],
-        "layer": layer,
-        "fit_fooled": fooled,
-        "fit_confidence": confidence,
-        "fit_images": len(x_fit),
-    }
+    metrics = {"threshold": threshold, "curve": curve[0], "layer": layer}
+    metrics |= {"fit_fooled": fooled, "fit_confidence": confidence, "fit_images": len(x_fit)}
     if suspects:
         names, x = suspects
         judged = judge(names, signed_distance(measure(x.to(device)), curve), threshold)

@@ -40,6 +40,10 @@ class Feature(Plain):
     def forward(self, x):
         return super().forward(x)[None]
 
+class Squeezed(Plain):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
 class Views(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
@@ -135,6 +139,7 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
         ("nets.py:value", "value"),
         ("nets.py:Chokes", "does not take"),
         ("nets.py:Feature", "--classes"),
+        ("nets.py:Squeezed", "single image"),
         ("torchvision:nothing", "nothing"),
         ("torchvision:resnet18", "does not fit"),
         (":", "--arch"),
@@ -600,14 +605,38 @@ from torch.nn.utils.parametrizations import weight_norm
 def Weighted(num_classes=10):
     last = weight_norm(nn.Linear(16, num_classes))
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), last)
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+def More(num_classes=10):
+    return nn.Sequential(nn.Flatten(), Doubled(784, num_classes))
+
+def Tied(num_classes=10):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Linear(10, 10), nn.Linear(10, 10))
+    net[3].weight = net[2].weight
+    return net
 """
 
 
-@pytest.mark.parametrize("script", ["nc_mitigate", "fine_pruning", "latent", "trojannn"])
-def test_a_last_layer_that_computes_its_weight(tmp_path, inline, one_line, unread, script):
+@pytest.mark.parametrize(
+    "script, net, named",
+    [
+        ("nc_mitigate", "Weighted", "weight_norm"),
+        ("nc_mitigate", "More", "more than a linear layer"),
+        ("nc_mitigate", "Tied", "shares its weight"),
+        ("fine_pruning", "Weighted", "weight_norm"),
+        ("latent", "Weighted", "weight_norm"),
+        ("trojannn", "Weighted", "weight_norm"),
+    ],
+)
+def test_a_last_layer_that_is_more_than_its_weight(
+    tmp_path, inline, one_line, unread, script, net, named
+):
     """Its weight cannot be zeroed or copied; what was pruned would come back in the saved file."""
     (tmp_path / "nets.py").write_text(WEIGHTED)
-    arch = "--arch", "nets.py:Weighted"
+    arch = "--arch", f"nets.py:{net}"
     if script in ("nc_mitigate", "fine_pruning"):
         inline("clean", *SHORT["clean"], *arch, "--out", "victim")
         flags = "--ckpt", "victim", *arch
@@ -621,4 +650,34 @@ def test_a_last_layer_that_computes_its_weight(tmp_path, inline, one_line, unrea
         flags = *flags, "--label", 0
     elif script != "fine_pruning":
         flags = *arch, *SHORT[script]
-    assert "weight_norm" in one_line(inline, script, *flags)
+    assert named in one_line(inline, script, *flags)
+
+
+MAPS = """
+import torch
+from torch import nn
+
+class Aside(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body, self.aside = nn.Conv2d(1, 4, 5, 4), nn.Conv2d(4, 2, 1)
+        self.last = nn.Linear(144, num_classes)
+
+    def forward(self, x):
+        with torch.no_grad():
+            a = self.body(x)
+        return self.aside(a), self.last(a.flatten(1).clone())
+"""
+
+
+@pytest.mark.parametrize("script", ["gradcam", "sentinet"])
+def test_a_map_on_which_the_scores_do_not_depend(tmp_path, inline, one_line, unread, script):
+    """An output beside the scores, and a layer whose gradient the network itself forbids."""
+    (tmp_path / "nets.py").write_text(MAPS)
+    arch = "--arch", "nets.py:Aside"
+    inline("clean", *SHORT["clean"], *arch, "--epochs", 3, "--out", "victim")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for layer in ("aside", "body"):
+        flags = "--ckpt", "victim", *arch, "--layer", layer
+        assert f"--layer {layer}" in one_line(inline, script, *flags)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before

@@ -367,7 +367,9 @@ OTHER_WORDS = {"--repair-fraction": "share", "1e30": "diverged", 0.0001: "kept b
         *(case for goal in (0, -1, "nan") for case in each("generator_reverse", RESIDUAL, goal)),
         *(case for flag in ("--epochs", "--batch-size", "--lr") for case in each("mcr", flag, 0)),
         *each("abl fine_pruning finetune mcr nad", "--batch-size", 1),
-        *each("mcr", "--points", 2),
+        *(case for points in (2, 1002, 10**12) for case in each("mcr", "--points", points)),
+        *(case for drop in (0, "nan") for case in each("mcr nad", "--max-drop", drop)),
+        *(case for drop in (0, "nan") for case in each("fine_pruning", "--repair-drop", drop)),
         *each("mcr", "--second", "nowhere"),
         *each("mcr", "--data-fraction", 0.0001),  # every image is kept back
         *each("mcr", "--lr", "1e30"),

@@ -15,7 +15,7 @@ from torch import nn
 from common import checkpoint, defence, metrics
 from common.datasets import to_float
 from common.defence import careful_repair, check_reading, halving, in_parts, report_verdict
-from common.metrics import accuracy, verdict
+from common.metrics import accuracy, predict, verdict
 from common.models import build_model
 
 PICTURES = {"nc": ["reversed.png"], "generator_reverse": ["generated.png", "norms.png"]}
@@ -342,6 +342,54 @@ def test_exactly_five_points_are_not_too_many(count):
     exact = Says(1.0)
     assert halving(lambda lr: Wrong(count // 20), 1.0, exact, x, y, 0)[1] == 1.0
     assert halving(lambda lr: Wrong(count // 20 + 1), 1.0, exact, x, y, 0)[0] is None
+
+
+@pytest.mark.parametrize("drop, rate", [(None, 0.25), (8, 0.5), (20, 1.0), (1, None)])
+def test_what_a_repair_may_cost_is_asked_for(drop, rate):
+    x, y = ranked()
+    costs = {1.0: 20, 0.5: 8, 0.25: 5, 0.125: 2}
+    repaired, lr = halving(lambda lr: Says(1 - costs[lr] / 100), 1.0, Says(1.0), x, y, 0, drop)
+    assert (lr if repaired else None) == rate
+
+
+@pytest.mark.parametrize(
+    "name, flag", [("nad", "--max-drop"), ("mcr", "--max-drop"), ("fine_pruning", "--repair-drop")]
+)
+def test_what_a_repair_may_cost_is_a_flag(inline, digits_badnets, monkeypatch, name, flag):
+    """By default nothing is good enough here; the flag alone lets a repair pass."""
+    monkeypatch.setattr(defence, "MOST_DROP", -101.0)
+    inline(name, "--ckpt", digits_badnets, *SHORT[name], flag, 100, "--out", "out")
+    assert "asr_repaired" in result_of("out")["metrics"]
+
+
+@pytest.mark.parametrize("name", ["finetune", "mcr", "purify"])
+def test_images_kept_back_are_judged_by_class(inline, digits, digits_badnets, tmp_path, name):
+    """Class 9 is rare here, and half of it are threes: plain accuracy is a higher figure."""
+    x, y = digits.x_train, digits.y_train.clone()
+    nines, threes = ((y == label).nonzero().flatten() for label in (9, 3))
+    y[threes[:20]] = 9
+    keep = torch.ones_like(y, dtype=torch.bool)
+    keep[nines[20:]] = False
+    images = x[keep].permute(0, 2, 3, 1).numpy()
+    write_npz(tmp_path / "own.npz", x_train=images, y_train=y[keep].numpy(), x_test=images,
+              y_test=y[keep].numpy())  # fmt: skip
+    flags = "--ckpt", digits_badnets, "--dataset", "own.npz", "--data-fraction", 1, *SHORT[name]
+    ran = inline(name, *flags, "--out", "out")
+    kept = "kept" if name == "mcr" else "held"
+    x, y, model = ran[f"x_{kept}"], ran[f"y_{kept}"], ran["model"]
+    judged = [(ran["before"], model, x)]
+    if name == "mcr":
+        judged += [(found, net, x) for found, net in zip(ran["accuracies"], ran["nets"])]
+    elif name == "finetune":
+        judged += [(ran["kept"][lr], net, x) for lr, net in ran["tuned"].items()]
+    else:
+        filtered = ran["purify"](x, ran["steps"][-1])
+        judged.append((ran["rows"][-1]["held_out_accuracy"], model, filtered))
+    for found, net, x in judged:
+        right = (predict(net, x) == y).double()
+        by_class = [right[y == label].mean().item() for label in range(10)]
+        assert found == pytest.approx(100 * sum(by_class) / 10)
+        assert abs(found - 100 * right.mean().item()) > 0.5
 
 
 def test_a_repair_that_loses_a_rare_class_is_refused():

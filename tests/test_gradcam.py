@@ -350,6 +350,20 @@ def test_a_users_network_needs_a_layer(inline, one_line, unread, tmp_path):
     assert result_of(tmp_path / "suspect" / "gradcam-s0")["metrics"]["map_width"] == 13
 
 
+def test_a_clean_network_beside_that_is_of_other_images(inline, one_line, digits_badnets, tmp_path):
+    """It is refused before the folder is made; with --dataset it is not looked for."""
+    for folder in ("victim", "digits-mnist_cnn-clean-s0"):
+        (tmp_path / folder).mkdir()
+        held = torch.load(digits_badnets / "model.pt", weights_only=True)
+        other = {"dataset": "digits" if folder == "victim" else "mnist"}
+        torch.save(held | other, tmp_path / folder / "model.pt")
+    assert "with --dataset" in one_line(inline, "gradcam", "--ckpt", "victim", "--februus")
+    assert files_below(tmp_path / "victim") == ["model.pt"]
+    assert not (tmp_path / "victim" / "gradcam-s0").exists()
+    inline("gradcam", "--ckpt", "victim", "--dataset", "digits")
+    assert "clean_accuracy" in result_of(tmp_path / "victim" / "gradcam-s0")["metrics"]
+
+
 @pytest.mark.parametrize(
     "args, named",
     [

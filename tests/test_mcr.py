@@ -380,6 +380,15 @@ def test_batchnorm_is_refreshed_on_crops_like_those_of_the_training(inline, digi
         assert torch.equal(value, made[key]), key
 
 
+def test_the_middle_learns_at_four_times_the_rate(inline, digits_badnets):
+    ran = inline("mcr", "--ckpt", digits_badnets, *SHORT["mcr"], "--out", "out")
+    model, x, y = ran["model"], ran["x_clean"], ran["y_clean"]
+    torch.manual_seed(0)
+    mcr.finetune(model, x, y, lr=ran["lr"], **ran["recipe"])
+    theta = mcr.connect(model, ran["first"], ran["last"], x, y, lr=4 * ran["lr"], **ran["recipe"])
+    assert all(torch.equal(value, ran["theta"][key]) for key, value in theta.items())
+
+
 # ===== Bad input =====
 
 

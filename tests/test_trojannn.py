@@ -53,7 +53,8 @@ def test_last_layer_called_by_keyword(one_line):
             return super().__call__(input=x)
 
     model = Classifier(nn.Sequential(nn.Flatten(), Keyword(784, 10)), (0.5,), (0.5,))
-    assert "without keyword" in one_line(logit_layer, model, torch.rand(2, 1, 28, 28), "nets.py:Odd")
+    message = one_line(logit_layer, model, torch.rand(2, 1, 28, 28), "nets.py:Odd")
+    assert "without keyword" in message
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])

@@ -8,7 +8,7 @@ removes a backdoor that shares its channels with clean data.
 Kind: repairs models, without asking whether they are backdoored; what it costs an innocent model
 is part of the answer. Given: the model and a clean share of its training data. Answers: the
 repaired model and the prune curve. Where it fails: pruning alone, on the pruning-aware attack and
-on WRN-16-1 (BadNets keeps an ASR of 92 there, and of 16 after both steps that may cost 8 points;
+on WRN-16-1 (BadNets keeps an ASR of 85 there, and of 15 after both steps that may cost 8 points;
 99.98 in ABL's table). Pruning first can do harm: 49 on label-consistent poison, by tuning alone 3.
 
 Steps of the paper: mean activation on clean images -> activations; prune curve, all its points

@@ -135,15 +135,13 @@ def test_figures_in_the_prose_are_those_of_the_results():
 
     pattern = r"BadNets has clean ([\d.]+) and ASR ([\d.]+); "
     pattern += r"Neural Cleanse names all three and repairs them to ([\d.]+), "
-    pattern += r"NAD, at a cost of 5 points, two to ([\d.]+)\."
+    pattern += r"NAD with `--max-drop 8` to ([\d.]+), by default .5. to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     _, _, clean, asr, *_ = line("Attacks", "badnets")
-    nc, nad = (
-        line("Repairs", "nc on badnets, 10 %"),
-        line("Fine-tuning, NAD and MCR", "nad on badnets"),
-    )
+    nc = line("Repairs", "nc on badnets, 10 %")
+    nad, five = (line("Fine-tuning, NAD and MCR", f"{row} on badnets") for row in ("nad", "nad_5"))
     assert line("Detectors", "nc on badnets")[3] == "3 of 3"
-    means = [cell.split(" ")[0] for cell in (clean, asr, nc[4], nad[7])]
+    means = [cell.split(" ")[0] for cell in (clean, asr, nc[4], nad[7], five[7])]
     assert [f"{float(value):.2f}" for value in told] == means
 
     pattern = r"Neural Cleanse names BadNets in all three networks and repairs them to ([\d.]+); "

@@ -354,14 +354,14 @@ def test_one_step_of_the_papers_ascent_in_closed_form(ascent, descends):
 
 
 @pytest.mark.parametrize("ascent", ["joint", "isolated"])
-def test_the_papers_ascent_ends_at_a_blind_guess(ascent):
-    """The steps taken are those of a loss below log K before each; a guesser stays as it is."""
+def test_the_papers_ascent_ends_beyond_a_blind_guess(ascent):
+    """Steps are taken while the loss is below 2 log K; a network beyond it stays as it is."""
     model, x, y, isolated = triggered_toy()
     losses = []
     for steps in range(1, 21):
         repaired = unlearn(model, x, y, isolated, steps, 100, 0.3, ascent)
         losses.append(abl.sample_losses(repaired, x, y)[isolated].mean().item())
-    enough = next(k for k, value in enumerate(losses) if value > math.log(3))
+    enough = next(k for k, value in enumerate(losses) if value > 2 * math.log(3))
     assert 5 < enough < 18 and losses[: enough + 1] == sorted(losses[: enough + 1])
     np.testing.assert_allclose(losses[enough:], losses[enough], rtol=1e-5)
     again = unlearn(repaired, x, y, isolated, 1000, 100, 0.3, ascent).state_dict()

@@ -279,8 +279,11 @@ def interrupt(folder, ready, name, *args):
     try:
         while not ready(process):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        for _ in range(20):  # again where a library's bare `except:` swallowed it while importing
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=3)
+                break
     finally:
         process.kill()
     assert process.returncode != 0

@@ -495,7 +495,7 @@ lecture() {
     row strip "$r-$v-s0" 0
   done
   for v in clean badnets wanet input_aware freq_backdoor; do row purify "$r-$v-s0" 0; done
-  row gradcam "$r-badnets_8-s0" 0 --februus # a patch that can have an IoU of 42 with 15 % of the pixels
+  row gradcam "$r-badnets_8-s0" 0 --februus # an IoU of 42 % is possible here
   for v in clean badnets wanet; do
     row gradcam "$r-$v-s0" 0 --februus
     row sentinet "$r-$v-s0" 0

@@ -7,8 +7,8 @@ forgets what they have in common: the trigger.
 
 Kind: repairs models, by training a new one on the attacker's data. Given: the poisoned training
 set, no clean image, not the poison rate. Answers: the isolated images and the repaired model.
-Where it fails: where the isolated images are not poison (of SIG's 14 % were; an ASR of 85 stayed);
-bounded costs a clean network 20 points; the paper's ascent has no gradient where it is sure.
+Where it fails: where the isolated images are not poison (of SIG's 14 % were; an ASR of 85 stayed).
+Bounded costs a clean network 20 points; the paper's ascent has no gradient on a loss near 0.
 
 Steps of the paper: local gradient ascent (LGA) sign(l - gamma) l, or flooding |l - gamma| + gamma
 -> held_loss; the p lowest losses, eval mode, no augmentation -> sample_losses, isolate; training on
@@ -20,9 +20,9 @@ weight decay is 5e-4 (code 1e-4), stage 1 does not crop and cuts gradients to no
 cropped and mirrored without Cutout. --ascent says what raises the loss of D_b, whose images are
 neither cropped nor mirrored: joint (the paper's objective), isolated (the authors' code: -l on D_b
 alone), or bounded, which is ours. The first two end where l on D_b is over 2 log K, twice that of a
-blind guess (chosen on training images of two victims): all steps took 28 points from a CIFAR-10
-network under Blend. After training on D_c the loss of a patch's poison can be so small (see the
-table) that -l has no gradient left. Bounded ascends on the log-odds m of the given label,
+blind guess, for more steps can ruin the network (chosen on training images of two victims, with two
+test figures of one in sight). After training on D_c the loss of a patch's poison can be so small
+(see the table) that -l has no gradient. Bounded ascends on the log-odds m of the given label,
 l = log(1 + e^-m), until l = log K: it minimises max(0, m + log(K - 1)), in eval mode, and leaves a
 label out of D_c that over 90 % of D_b carries, for there the rest of the poison is. It was designed
 on digits and on one MNIST victim with their test figures in sight.

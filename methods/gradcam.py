@@ -208,7 +208,7 @@ if __name__ == "__main__":
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
         fail(f"--layer {layer or 'NAME'}: the maps of {victim.arch} are {known or 'none'}")
-    grad_cam(model, layer, to_float(x_clean[:2]))  # fails now or never
+    grad_cam(model, layer, to_float(x_clean[:2]))  # fails now
     beside = Namespace(arch=victim.arch, seed=args.seed)
     # of the evaluation alone; with --dataset it may know the images by another name
     cure = ": with --dataset it is left out"

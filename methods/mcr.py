@@ -4,8 +4,8 @@ Two networks of one architecture are joined by a curve in the space of their wei
 trained so that every point of the curve reads the defender's clean images well. Nothing asks the
 points to obey a trigger, so a point away from the ends can keep the accuracy and lose the backdoor.
 Where it fails: after few updates (on digits the middle kept an ASR of BadNets of 3 after 700 of
-them, of 74 after 300); near the suspect (three WRN-16-1 with BadNets kept an ASR of 39 where one
-may cost 5 points, of 8 where 8); between two ends that obey the same trigger.
+them, of 74 after 300); near the suspect (three WRN-16-1 kept a mean ASR of BadNets of 39 where up
+to 5 points may be lost, of 8 where up to 8); between two ends that obey the same trigger.
 
 Kind: repairs models, without asking whether they are backdoored. Given: the suspect, a clean share
 of its training data and, with --second, another network of the same architecture and data, which

@@ -247,9 +247,7 @@ if __name__ == "__main__":
     if layer not in sizes:
         known = ", ".join(f"{name} ({h} x {w})" for name, (h, w) in sizes.items())
         fail(f"--layer {layer or 'NAME'}: the maps of {victim.arch} are {known or 'none'}")
-    class_maps(
-        model, layer, to_float(data.x_train[split[:2]]), args.proposals
-    )  # fails now or never
+    class_maps(model, layer, to_float(data.x_train[split[:2]]), args.proposals)  # fails now
     suspects = load_pictures(args.suspects, data.shape) if args.suspects else None
     folder = make_folder(args.out or victim.folder / f"sentinet-s{args.seed}")
     generator = torch.Generator().manual_seed(args.seed)

@@ -135,7 +135,7 @@ def test_figures_in_the_prose_are_those_of_the_results():
 
     pattern = r"BadNets has clean ([\d.]+) and ASR ([\d.]+); "
     pattern += r"Neural Cleanse names all three and repairs them to ([\d.]+), "
-    pattern += r"NAD with `--max-drop 8` to ([\d.]+), by default .5. to ([\d.]+)\."
+    pattern += r"NAD with `--max-drop 8` to ([\d.]+), by default .5 points. to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     _, _, clean, asr, *_ = line("Attacks", "badnets")
     nc = line("Repairs", "nc on badnets, 10 %")

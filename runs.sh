@@ -469,7 +469,11 @@ lecture() {
   for s in 0 1 2; do # where a repair may cost 5 points, as by default
     for v in nad mcr fine_pruning; do
       once "$r-badnets-s$s/${v}_5-s$s" $v --ckpt "$r-badnets-s$s" --seed "$s" \
-        --out "$r-badnets-s$s/${v}_5-s$s"
+        $([ $v = nad ] && echo --cutout 0) --out "$r-badnets-s$s/${v}_5-s$s"
+    done
+    for v in clean badnets; do # and with Cutout, as by default
+      once "$r-$v-s$s/nad_cutout-s$s" nad --ckpt "$r-$v-s$s" --seed "$s" \
+        --out "$r-$v-s$s/nad_cutout-s$s"
     done
   done
   one cifar10 wrn16_1-invisible_l0 invisible --arch wrn16_1 --kind l0
@@ -480,7 +484,8 @@ lecture() {
   for v in clean "${ten[@]}"; do
     for s in 0 $([[ $v =~ clean|badnets ]] && echo 1 2); do
       row finetune "$r-$v-s$s" "$s"
-      for defence in nad mcr; do row $defence "$r-$v-s$s" "$s" --max-drop 8; done
+      row nad "$r-$v-s$s" "$s" --max-drop 8 --cutout 0
+      row mcr "$r-$v-s$s" "$s" --max-drop 8
       row fine_pruning "$r-$v-s$s" "$s" --repair-drop 8
       row abl "$r-$v-s$s" "$s" $(train_set $v)
     done

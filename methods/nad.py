@@ -11,7 +11,8 @@ repaired model; beside it the teacher, and plain fine-tuning with as many update
 
 Steps of the paper: attention map of a block, the sum of F_c^2 over the channels c (p = 2) divided
 by its length -> attention; L_NAD, the distance of two maps, squared as in the code -> distance;
-teacher, and student with CE + sum_l beta_l L_NAD -> finetune.
+teacher, and student with CE + sum_l beta_l L_NAD -> finetune; Cutout of the training images (the
+code's; DeVries & Taylor 2017, arXiv 1708.04552) -> cut_out.
 
 The scale of beta: the authors' code has beta 500, 1000, 1000 on the mean of the H x W squared
 differences of maps whose *sum* of squares is 1, so that the same beta weighs four times as much
@@ -20,10 +21,10 @@ the size of the map; beta .49, 3.9, 15.6 is what the code's values are on its ma
 16 x 16 and 8 x 8 positions (500 / 1024, 1000 / 256, 1000 / 64).
 
 Differs from the paper's code: teacher and student train as in `finetune.py` (cosine from .1, or the
-data's recipe where it is less, momentum .9 without Nesterov's step, weight decay .0005, no Cutout;
-the code: .1 for 2 epochs, then .01, Nesterov, and .0001). Both are checked on 20 % of the clean
-share, which are kept back, and start again at half the rate where they cost over 5 points
-(--max-drop). A 1 x 1 map is refused.
+data's recipe where it is less, momentum .9 without Nesterov's step, weight decay .0005; the code:
+.1 for 2 epochs, then .01, Nesterov, and .0001). Cutout's square is 9 pixels wide on images of 32,
+the code's 2. Both are checked on 20 % of the clean share, which are kept back, and start again at
+half the rate where they cost over 5 points (--max-drop). A 1 x 1 map is refused.
 
 Where it fails: where fine-tuning fails, at small rates: on digits BadNets outlived 40 epochs at
 .01, and at .03 nearly all of it did, for the teacher kept it, too; on WRN-16-1 it outlived .0125 on
@@ -62,6 +63,7 @@ from common.defence import (
 
 SHARE = 0.05, 300  # of the training data, and the least number of images
 BETAS = [500 / 1024, 1000 / 256, 1000 / 64]  # the last belongs to the last block
+CUTOUT = 9 / 32  # the square's side as a share of the image's shorter side
 
 
 def parse_args():
@@ -74,6 +76,8 @@ def parse_args():
     p.add_argument("--epochs", type=int, default=20, help="the student's (paper 10; code 20)")
     p.add_argument("--batch-size", type=int, default=64, help="images per step (paper 64)")
     p.add_argument("--lr", type=float, help="first rate (paper .1; default: that or less)")
+    square = "side of the black square on each training image (default: 9 of 32 pixels; 0: none)"
+    p.add_argument("--cutout", type=int, help=square)
     p.add_argument("--max-drop", type=float, help="points that a repair may cost (default: 5)")
     return p.parse_args()
 
@@ -134,11 +138,22 @@ def distance(student, teacher):
     return (attention(student) - attention(teacher)).square().sum(1).mean()
 
 
-def finetune(net, x, y, *, teacher=None, betas=None, pad, flip, epochs, lr, batch_size):
+def cut_out(x, side):
+    """B x C x H x W floats, each with a black square around a random pixel; edges may cut it."""
+    inside = []
+    for n in x.shape[2:]:
+        centre = torch.randint(n, (len(x), 1), device=x.device)
+        away = torch.arange(n, device=x.device) - centre + side // 2
+        inside.append((away >= 0) & (away < side))  # B x n
+    return x.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], 0)
+
+
+def finetune(net, x, y, *, teacher=None, betas=None, cutout=0, pad, flip, epochs, lr, batch_size):
     """SGD on clean uint8 images x N x C x H x W with labels y; returns a tuned, frozen copy.
 
     With a `teacher` the loss is CE + sum_l beta_l L_NAD of the blocks l in `betas` (name -> beta);
-    teacher and student see the same crops. BatchNorm is in training mode, the teacher's is not.
+    teacher and student see the same crops, with `cutout` black pixels square. BatchNorm is in
+    training mode, the teacher's is not.
     None where the loss diverges.
     """
     net = copy.deepcopy(net).requires_grad_(True).train()
@@ -151,6 +166,7 @@ def finetune(net, x, y, *, teacher=None, betas=None, pad, flip, epochs, lr, batc
         order = torch.randperm(len(x), device=x.device)
         for batch in order.split(batch_size)[:steps_per_epoch]:
             images = augment(to_float(x[batch]), pad, flip)
+            images = cut_out(images, cutout) if cutout else images
             logits, student = outputs_of(net, betas, images)
             terms = [F.cross_entropy(logits, y[batch])]
             if teacher is not None:
@@ -194,6 +210,10 @@ if __name__ == "__main__":
     victim = open_victim(args)
     model, data = victim.model, victim.data
     args.lr = args.lr or min(0.1, data.spec.lr)
+    shorter = min(data.shape[1:])
+    args.cutout = round(CUTOUT * shorter) if args.cutout is None else args.cutout
+    if not 0 <= args.cutout < shorter:
+        fail(f"--cutout {args.cutout} must lie in 0..{shorter - 1}: images are {data.shape}")
     sizes = map_sizes(model, to_float(data.x_train[:2]))
     blocks = args.blocks or BLOCKS.get(victim.arch)
     if not blocks or not {*blocks} <= {*sizes}:
@@ -214,6 +234,7 @@ if __name__ == "__main__":
 
     # ===== Teacher =====
     recipe = {"pad": data.spec.pad, "flip": data.spec.flip, "batch_size": args.batch_size}
+    recipe["cutout"] = args.cutout
     teach = partial(finetune, model, *clean, epochs=args.teacher_epochs, **recipe)
     teacher, lr = halving(teach, args.lr, model, *kept, args.seed, args.max_drop)
     models = {"": model}

@@ -134,6 +134,36 @@ def test_outputs_of_blocks():
 # ===== Training =====
 
 
+def test_cutout():
+    """A square of zeros around each pixel equally often, cut by the edges, of all channels."""
+    torch.manual_seed(0)
+    x = torch.rand(4000, 3, 8, 6) + 0.1
+    for side, first in ((3, 1), (2, 1), (1, 0)):  # rows before the centre
+        cut = nad.cut_out(x, side)
+        hole = (cut == 0).all(1)
+        assert torch.equal(cut, x * ~hole[:, None]) and hole.any((1, 2)).all()
+        expected, shares = set(), np.zeros((8, 6))
+        for row, column in np.ndindex(8, 6):
+            one = np.zeros((8, 6), bool)
+            rows, columns = (slice(max(0, at - first), at - first + side) for at in (row, column))
+            one[rows, columns] = True
+            expected.add(one.tobytes())
+            shares += one / 48
+        assert {one.numpy().tobytes() for one in hole} == expected
+        np.testing.assert_allclose(hole.float().mean(0), shares, atol=0.05)
+
+
+def test_teacher_and_student_see_the_same_squares(untrained, teacher, digits):
+    seen = {"student": [], "teacher": []}
+    for name, net in (("student", untrained), ("teacher", teacher)):
+        net.net.register_forward_pre_hook(lambda m, i, name=name: seen[name].append(i[0].clone()))
+    x, y = torch.full((60, 1, 28, 28), 255, dtype=torch.uint8), digits.y_train[:60]
+    tuned(untrained, x, y, nad, teacher=teacher, betas=BETAS, pad=0, cutout=5)
+    assert all(torch.equal(a, b) for a, b in zip(seen["student"], seen["teacher"]))
+    black = (seen["teacher"][0] == -1).sum((1, 2, 3))  # normalised; 25 but at the edges
+    assert black.max() == 25 and (black >= 9).all()
+
+
 @pytest.fixture
 def teacher(untrained, digits):
     """A tuned copy, which attends elsewhere."""
@@ -251,9 +281,9 @@ def test_nad_removes_badnets(digits, digits_badnets, tmp_path):
 
 
 def test_its_baseline_is_the_sibling_s_run(inline, digits_badnets, tmp_path):
-    """Betas of 0: the student, its baseline and finetune.py at the same rate are one model."""
+    """Betas of 0, no Cutout: student, baseline and finetune.py at the same rate are one model."""
     flags = "--ckpt", digits_badnets, "--epochs", 2
-    without = "--lr", 0.01, "--betas", 0, 0, 0, "--teacher-epochs", 1, "--out", "nad"
+    without = "--lr", 0.01, "--betas", 0, 0, 0, "--cutout", 0, "--teacher-epochs", 1, "--out", "nad"
     baseline = inline("nad", *flags, *without)["models"]["_clean_only"].state_dict()
     inline("finetune", *flags, "--lrs", 0.01, "--out", "plain")
     found, plain = (result_of(tmp_path / name)["metrics"] for name in ("nad", "plain"))
@@ -382,6 +412,8 @@ def test_images_too_small_for_the_default(inline, one_line, unread, tmp_path):
         (["--epochs", 0], "epochs"),
         (["--teacher-epochs", 0], "teacher-epochs"),
         (["--batch-size", -1], "batch-size"),
+        (["--cutout", -1], "0..27"),
+        (["--cutout", 28], "0..27"),
         (["--lr", 0], "lr"),
         (["--data-fraction", 0], "share"),
         (["--data-fraction", 0.0001], "kept back"),

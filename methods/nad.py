@@ -11,8 +11,7 @@ repaired model; beside it the teacher, and plain fine-tuning with as many update
 
 Steps of the paper: attention map of a block, the sum of F_c^2 over the channels c (p = 2) divided
 by its length -> attention; L_NAD, the distance of two maps, squared as in the code -> distance;
-teacher, and student with CE + sum_l beta_l L_NAD -> finetune; Cutout of the training images (the
-code's; DeVries & Taylor 2017, arXiv 1708.04552) -> cut_out.
+teacher, and student with CE + sum_l beta_l L_NAD -> finetune. Of the code: Cutout -> cut_out.
 
 The scale of beta: the authors' code has beta 500, 1000, 1000 on the mean of the H x W squared
 differences of maps whose *sum* of squares is 1, so that the same beta weighs four times as much
@@ -139,7 +138,10 @@ def distance(student, teacher):
 
 
 def cut_out(x, side):
-    """B x C x H x W floats, each with a black square around a random pixel; edges may cut it."""
+    """B x C x H x W floats, each with a black square around a random pixel; edges may cut it.
+
+    Cutout of one square of `side` pixels (DeVries & Taylor 2017, arXiv 1708.04552).
+    """
     inside = []
     for n in x.shape[2:]:
         centre = torch.randint(n, (len(x), 1), device=x.device)

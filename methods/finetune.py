@@ -18,8 +18,8 @@ epochs at rate .001 on 1 to 5 % of the training data; it names no schedule, no w
 choice among the rates. Here the rate falls by a cosine, weight decay is .0005 (both
 BackdoorBench's), the images are cropped and mirrored by the data set's recipe, whatever the
 victim's was, and BatchNorm is in training mode. 20 % of the clean share are kept back and choose
-the rate, never the test images. Every rate gets the same draws. `fine_pruning.py` and `nad.py`
-train by the same loop.
+the rate, never the test images. Every rate gets the same draws. `fine_pruning.py` trains by the
+same loop, and so does `nad.py`, there with Cutout.
 
 Where it fails: at small rates and after few updates. On digits no rate removed BadNets in 10
 epochs, which are 30 updates there; with --epochs 40 --batch-size 32 a rate of .1 did, .03 left an

@@ -26,8 +26,8 @@ the code's 2. Both are checked on 20 % of the clean share, which are kept back, 
 half the rate where they cost over 5 points (--max-drop). A 1 x 1 map is refused.
 
 Where it fails: where fine-tuning fails, at small rates: on digits BadNets outlived 40 epochs at
-.01, and at .03 nearly all of it did, for the teacher kept it, too; on WRN-16-1 it outlived .0125 on
-two of three seeds, all that a cost of 5 points allowed, and feature collision outlived .05.
+.01, for the teacher kept it, too. Without Cutout (--cutout 0) it outlived .0125 on two of three
+seeds of WRN-16-1, all that a cost of 5 points allowed, and feature collision outlived .05.
 
     python methods/nad.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

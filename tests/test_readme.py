@@ -135,13 +135,15 @@ def test_figures_in_the_prose_are_those_of_the_results():
 
     pattern = r"BadNets has clean ([\d.]+) and ASR ([\d.]+); "
     pattern += r"Neural Cleanse names all three and repairs them to ([\d.]+), "
-    pattern += r"NAD with `--max-drop 8` to ([\d.]+), by default .5 points. to ([\d.]+)\."
+    pattern += r"NAD to ([\d.]+), with `--cutout 0` to ([\d.]+), "
+    pattern += r"with `--max-drop 8`, too, to ([\d.]+)\."
     (told,) = re.findall(pattern, text)
     _, _, clean, asr, *_ = line("Attacks", "badnets")
     nc = line("Repairs", "nc on badnets, 10 %")
-    nad, five = (line("Fine-tuning, NAD and MCR", f"{row} on badnets") for row in ("nad", "nad_5"))
+    rows = "nad_cutout", "nad_5", "nad"
+    nad = [line("Fine-tuning, NAD and MCR", f"{row} on badnets")[7] for row in rows]
     assert line("Detectors", "nc on badnets")[3] == "3 of 3"
-    means = [cell.split(" ")[0] for cell in (clean, asr, nc[4], nad[7], five[7])]
+    means = [cell.split(" ")[0] for cell in (clean, asr, nc[4], *nad)]
     assert [f"{float(value):.2f}" for value in told] == means
 
     pattern = r"Neural Cleanse names BadNets in all three networks and repairs them to ([\d.]+); "

@@ -266,6 +266,7 @@ def test_nad_removes_badnets(digits, digits_badnets, tmp_path):
     flags = "--epochs", 24, "--teacher-epochs", 12, "--batch-size", 32, "--out", out
     printed = run_here("nad", "--ckpt", digits_badnets, *flags, cwd=tmp_path)
     metrics = result_of(out)["metrics"]
+    assert result_of(out)["arguments"]["cutout"] == 8  # of 28 pixels; 9 of 32
     assert metrics["asr"] >= 98 and metrics["asr_repaired"] <= 10
     assert metrics["clean_accuracy_repaired"] >= 93 and metrics["robust_accuracy_repaired"] >= 80
     assert {"asr_teacher", "asr_clean_only", "clean_accuracy_clean_only"} <= set(metrics)

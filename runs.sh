@@ -501,6 +501,8 @@ lecture() {
   done
   for v in clean badnets wanet input_aware freq_backdoor; do row purify "$r-$v-s0" 0; done
   row gradcam "$r-badnets_8-s0" 0 --februus # an IoU of 42 % is possible here
+  once "$r-badnets_8-s0/gradcam_block2-s0" gradcam --ckpt "$r-badnets_8-s0" --februus \
+    --layer block2 --out "$r-badnets_8-s0/gradcam_block2-s0"
   for v in clean badnets wanet; do
     row gradcam "$r-$v-s0" 0 --februus
     row sentinet "$r-$v-s0" 0

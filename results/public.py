@@ -40,8 +40,8 @@ FORMS = {"p_value": ".3g", "index": ".2f"}
 FORMS |= {"clean_accuracy_repaired": ".2f", "asr_repaired": ".2f"}
 TEXT = """## Public checkpoints
 
-Networks that others trained and published, audited by flags alone, with the scripts' defaults and
-one seed. "clean" and "ASR" are measured here on all test images and on those outside the
+Networks that others trained and published, audited by flags alone, with the scripts' defaults
+(NAD without its Cutout, which came later) and one seed. "clean" and "ASR" are measured here on all test images and on those outside the
 target class, with the trigger that the authors describe. The authors' own figures stand in
 brackets; NAD's and ABL's leave the target class out of the clean images, too. "named" are the
 labels that the p-value names, below or above the others. The two detectors try to repair networks

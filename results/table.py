@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 PAPERS = tomli.loads((HERE / "papers.toml").read_text())
 ROW = ["dataset", "defence", "attack", "network", "share"]  # the keys of a row in papers.toml
 RULES, DASH, APART = PAPERS["outdated"], "–", ("level", "public")
+OTHER = "The victim is not the network of the attack's row but another of the same recipe and seed."
 FORMS = {"ssim": ".3f", "p_value": ".3f", "isolated_loss_trained": ".0e", "repair_lr": ".2g"}
 
 
@@ -88,6 +89,8 @@ def frame(entries):
         names["defence"] = "attack" if own else Path(entry["folder"]).name.rsplit("-s", 1)[0]
         names["why"] = {rule["why"] for rule in RULES if outdated(entry, rule)}
         names["why"] |= {r["why"] for r in RULES if "victims" in r and outdated(victim, r)}
+        accuracies = [m.get("clean_accuracy", 0) for m in (entry["metrics"], victim["metrics"])]
+        names["why"] |= {OTHER} if abs(accuracies[0] - accuracies[1]) > 0.005 else set()
         names["early"] = "commit_is" in entry or not entry.get("commit")  # see text.head
         flags, metrics = entry["arguments"], entry["metrics"]
         shares = flags.get("repair_fraction") or [flags.get("data_fraction") or 0]
@@ -112,10 +115,12 @@ def section(name, runs, papers=PAPERS, file=""):
         runs = runs[runs.reindex(columns=spec["needs"]).notna().any(axis=1)]
     if name != "Repairs" and not strengths:
         runs = runs[runs["last"]].assign(share="")
+    several = runs.dataset.nunique() > 1 and name != "Tried"
     for key, group in runs[runs.script.isin(spec["scripts"])].groupby(ROW, sort=not strengths):
         paper = functools.reduce(lambda at, part: at.get(part, {}), filter(None, key), papers)
-        _, defence, attack, network, share = key
+        dataset, defence, attack, network, share = key
         label = attack if defence == "attack" else f"{defence} on {attack}{share and ', '}{share}"
+        label += f", {dataset}" if several else ""
         for why in set().union(*group.why):
             seeds = ", ".join(group.seed[[why in found for found in group.why]])
             marks.setdefault(why, []).append(f"{label} ({seeds})")

@@ -369,6 +369,22 @@ def test_outdated_runs_are_marked_by_what_their_entry_holds():
     assert (f"nc on {label}†", "mnist_cnn") in rows_of("Detectors", [fresh, old, audit])
 
 
+def test_a_defence_of_another_network_than_the_stored_victim_is_marked():
+    victim = entry("mnist-mnist_cnn-badnets-s0")
+    same, other = (detected([1.0, 5, 6, 7, 8], victim["victim"]) for _ in range(2))
+    same["metrics"]["clean_accuracy"] = victim["metrics"]["clean_accuracy"]
+    other["metrics"]["clean_accuracy"] = victim["metrics"]["clean_accuracy"] - 0.02
+    assert not table.frame([victim, same]).why.iloc[1]
+    assert table.frame([victim, other]).why.tolist() == [set(), {table.OTHER}]
+    assert not table.frame([other]).why.iloc[0]  # no victim is stored
+
+
+def test_rows_of_two_data_sets_in_a_file_name_theirs():
+    runs = [entry("cifar10-airbench-wanet-s0"), entry("cifar100-airbench-wanet-s0")]
+    assert {label for label, _ in rows_of("Attacks", runs)} == {"wanet, cifar10", "wanet, cifar100"}
+    assert {label for label, _ in rows_of("Attacks", runs[:1])} == {"wanet"}
+
+
 @pytest.mark.parametrize(
     ("script", "key", "part", "value"),
     [

@@ -8,6 +8,7 @@ result.json         every figure printed, arguments, seconds, device, versions
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -330,19 +331,14 @@ def load_training_set(victim, path=None):
     return tuple(torch.from_numpy(array).to(device) for array in (x, y_given, poisoned))
 
 
-def holds_tensors(value):
-    """Whether it is a dict with a tensor or another dict in it."""
-    kinds = torch.Tensor, dict
-    return isinstance(value, dict) and any(isinstance(v, kinds) for v in value.values())
-
-
 def load_foreign(checkpoint, path, args, device):
     """The Victim of a bare state dict from elsewhere; see load_victim."""
     if not (args.arch and args.dataset):
         fail(f"{path} is a bare state dict: pass --arch and --dataset (and --mean --std if needed)")
     for _ in range(3):  # not for ever: a hostile file can hold itself
-        inner = [checkpoint[key] for key in WRAPPERS if holds_tensors(checkpoint.get(key))]
-        checkpoint = inner[0] if inner else checkpoint
+        inner = [v for key in WRAPPERS if isinstance(v := checkpoint.get(key), dict)]
+        kept = [v for v in inner if any(isinstance(t, (torch.Tensor, dict)) for t in v.values())]
+        checkpoint = kept[0] if kept else checkpoint
     data = load_dataset(args.dataset, args.data_dir, device, args.image_size, args.classes)
     mean, std = args.mean or data.spec.mean, args.std or data.spec.std
     in_colours(data, len(mean))
@@ -358,12 +354,22 @@ def load_foreign(checkpoint, path, args, device):
     return Victim(model, data, args.arch, folder)
 
 
+def form(y):
+    """How many outputs a network gives, and the last one's shape and whether it is a softmax."""
+    parts = y if isinstance(y := getattr(y, "logits", y), (tuple, list)) else [y]
+    if not isinstance(last := parts[-1], torch.Tensor) or last.dim() != 2:
+        return type(last).__name__
+    return len(parts), last.shape, bool(last.min() >= 0 and (last.sum(1) - 1).abs().max() < 1e-3)
+
+
 @torch.no_grad()
 def check_outputs(model, data, arch):
     """Fail unless the network gives a score per image and class; see whether it ends in softmax."""
     x = to_float(data.x_train[:100])
     try:
-        one, y = model(x[:1]), model(x)
+        one, y, normal = model(x[:1]), model(x), (x - model.mean) / model.std
+        with torch.random.fork_rng(devices=[]):  # dropout must not use up the seed
+            held, trained = form(model.net(normal)), form(copy.deepcopy(model.net).train()(normal))
     except (Exception, SystemExit) as error:  # the user's own code can raise anything
         fail(f"{arch} does not take {data.shape} images: {(str(error).splitlines() or [''])[0]}")
     found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
@@ -371,7 +377,9 @@ def check_outputs(model, data, arch):
         fail(f"{arch} gives {found} for {len(x)} images of {data.classes} classes (see --classes)")
     if one.shape != y[:1].shape:  # as after .squeeze(); the last part of a pass may be one image
         fail(f"{arch} gives {tuple(one.shape)} for a single image, not 1 x {data.classes}")
-    model.softmax = bool((y >= 0).all() and torch.allclose(y.sum(1), y.new_ones(len(y)), atol=1e-3))
+    if held != trained:
+        fail(f"{arch} gives outputs of another form in training mode: how many, or a softmax")
+    model.softmax = held[-1]
     if model.softmax:
         print(f"{arch} ends in a softmax: its logarithm is taken for the logits")
 

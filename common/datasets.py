@@ -287,7 +287,8 @@ def download(name, path):
     raw = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
     try:
         if name == "gtsrb":
-            arrays = [*gtsrb_train(raw), *gtsrb_test(raw)]
+            test = datasets.GTSRB(str(raw), split="test", download=True)
+            arrays = [*gtsrb_train(raw), *small(test)]
         else:
             kind = getattr(datasets, name.upper())
             arrays = []
@@ -314,13 +315,6 @@ def gtsrb_train(raw):
     return small((Image.open(file), int(file.parent.name)) for file in files)
 
 
-def gtsrb_test(raw):
-    """The 12,630 test images at 32x32, through torchvision."""
-    from torchvision.datasets import GTSRB
-
-    return small(GTSRB(str(raw), split="test", download=True))
-
-
 def small(pairs):
     """Arrays N x 32 x 32 x 3 and N of pairs (picture, label); bilinear."""
     made = [(np.asarray(p.convert("RGB").resize((32, 32), 2)), label) for p, label in pairs]
@@ -343,8 +337,7 @@ def augment(x, pad, flip):
     """Random crop after zero padding and random mirror, drawn per image; B x C x H x W floats."""
     b, _, h, w = x.shape
     if pad:
-        row = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=x.device)
-        column = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=x.device)
+        row, column = (torch.randint(0, 2 * pad + 1, (b, 1, 1), device=x.device) for _ in range(2))
         row = row + torch.arange(h, device=x.device).view(1, h, 1)
         column = column + torch.arange(w, device=x.device).view(1, 1, w)
         image = torch.arange(b, device=x.device).view(b, 1, 1)

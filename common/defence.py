@@ -128,7 +128,7 @@ def in_parts(search, labels, at_once):
     return results
 
 
-def halving(repair, lr, model, x, y, seed, max_drop=None):
+def halving(repair, lr, model, x, y, seed, max_drop=None, what="repair"):
     """repair(lr=lr), at half the rate again while it diverges (None) or costs over max_drop (5).
 
     Points of balanced accuracy, for a rare class would be lost unseen, on clean images x, y that
@@ -140,10 +140,10 @@ def halving(repair, lr, model, x, y, seed, max_drop=None):
         repaired = repair(lr=lr / 2**part)
         after = math.nan if repaired is None else accuracy(repaired, x, y, balanced=True)
         fall = f"{before:.2f} -> {after:.2f} on {len(x)} clean images that were kept back"
-        print(f"repair at rate {lr / 2**part:g}: {fall}")
+        print(f"{what} at rate {lr / 2**part:g}: {fall}")
         if after >= before - max_drop - 1e-9:
             return repaired, lr / 2**part
-    print(f"every repair diverged or cost over {max_drop:g} points, so none is saved")
+    print(f"every {what} diverged or cost over {max_drop:g} points, so none is saved")
     return None, lr / 2**part
 
 

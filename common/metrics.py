@@ -201,8 +201,7 @@ def verdict(norms, found=None, threshold=2.0, alpha=0.05):
     if not result["conclusive"]:
         return result
     indices = dict(zip(labels.tolist(), anomaly_index(norms[labels]).tolist()))
-    result["indices"] = [indices.get(k) for k in range(len(norms))]
-    result["index"] = indices[label]
+    result |= {"index": indices[label], "indices": [indices.get(k) for k in range(len(norms))]}
     if np.median(norms[labels]) > 0:
         result["ratio"] = float(norms[label] / np.median(norms[labels]))
     order = sorted(indices, key=indices.get, reverse=True)

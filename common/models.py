@@ -337,8 +337,7 @@ class VGG(nn.Module):
 class InvertedResidual(nn.Module):
     def __init__(self, inputs, outputs, expansion, stride):
         super().__init__()
-        hidden = expansion * inputs
-        self.stride = stride
+        hidden, self.stride = expansion * inputs, stride
         self.conv1 = nn.Conv2d(inputs, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
@@ -367,8 +366,7 @@ class MobileNetV2(nn.Module):
         stages = (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)
         for expansion, outputs, count, stride in (*stages, (6, 160, 3, 2), (6, 320, 1, 1)):
             for block in range(count):
-                step = stride if block == 0 else 1
-                blocks.append(InvertedResidual(inputs, outputs, expansion, step))
+                blocks.append(InvertedResidual(inputs, outputs, expansion, 1 if block else stride))
                 inputs = outputs
         self.layers = nn.Sequential(*blocks)
         self.conv2 = nn.Conv2d(320, 1280, 1, bias=False)
@@ -450,6 +448,8 @@ def users_network(arch, classes):
         if source == "torchvision":
             import torchvision  # 1 s
 
+            if name.lower() not in torchvision.models.list_models(module=torchvision.models):
+                raise NameError(f"no classifier of torchvision: {name}")  # others load a backbone
             make = partial(torchvision.models.get_model, name, weights=None)
         else:
             if not (source.endswith(".py") and Path(source).is_file()):

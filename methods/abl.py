@@ -180,7 +180,8 @@ def unlearn(model, x, y, isolated, *, pad, flip, ascent, steps, batch_size, lr):
         suspected = y[members].bincount(minlength=int(y.max()) + 1) > 0.9 * len(members)
         rest = (~isolated & ~suspected[y]).nonzero().flatten()
         others = rest if len(y[rest].unique()) > 1 else others  # of two labels none is left out
-    some, most = members[:: -(-len(members) // 500)], 2 * math.log(len(y.unique()))
+    some = members[:: -(-len(members) // 500)]
+    most = 2 * math.log(model.eval()(to_float(x[:1])).shape[1])
     for _ in tqdm(range(steps), disable=None, unit="step"):
         if ascent != "bounded" and sample_losses(model, x[some], y[some]).mean() > most:
             break
@@ -245,9 +246,8 @@ if __name__ == "__main__":
     args.epochs = args.epochs or max(1, spec.epochs - args.isolation_epochs)
     args.unlearn_lr = args.unlearn_lr or RATES[args.ascent]
     mean, std = (part.flatten().tolist() for part in (victim.model.mean, victim.model.std))
-    model = build_model(victim.arch, data.classes, data.shape, mean, std)
-    model.to(x_train.device).bfloat16 = victim.model.bfloat16
-    model.softmax = victim.model.softmax
+    model = build_model(victim.arch, data.classes, data.shape, mean, std).to(x_train.device)
+    model.bfloat16, model.softmax = victim.model.bfloat16, victim.model.softmax
     folder = make_folder(args.out or victim.folder / f"abl-s{args.seed}")
 
     # ===== Isolate =====
@@ -290,7 +290,7 @@ if __name__ == "__main__":
         print(f"{sure:.1f} % of them keep their label with a probability above .5")
         if sure > 10:
             cure = "" if args.ascent == "bounded" else ": try --ascent bounded"
-            print(f"warning: these are not forgotten, nor is a trigger that they share{cure}")
+            print(f"warning: a trigger that these share may be left, too{cure}")
         some = order[~isolated[order] & (y_train[order] != label)][:2000]
         read = [accuracy(net, x_train[some], y_train[some]) for net in (trained, repaired)]
         if read[0] - read[1] > MOST_DROP:

@@ -68,7 +68,7 @@ def parse_args():
     p.add_argument("--mode", default="fine-prune", choices=modes, help="a column of the table")
     p.add_argument("--layer", help="to prune (default: what enters the last linear layer)")
     p.add_argument("--held-out", type=float, default=0.2, help="part of the share that stops it")
-    p.add_argument("--max-drop", type=float, default=4.0, help="points that pruning may cost there")
+    p.add_argument("--max-drop", type=float, default=4.0, help="points, by class, that it may cost")
     p.add_argument("--repair-drop", type=float, help="that fine-tuning may cost there (default: 5)")
     p.add_argument("--epochs", type=int, help="default: 100; at most 640 steps or one epoch")
     p.add_argument("--batch-size", type=int, default=64, help="images per fine-tuning step")
@@ -155,17 +155,22 @@ def curve_logits(features, weight, bias, order):
 
 
 @torch.no_grad()
-def curve(net, layer, features, y, order):
-    """Percentage of images labelled y after pruning 0, 1, ..., C channels (float64, C + 1)."""
+def curve(net, layer, features, y, order, balanced=False):
+    """Percentage of images labelled y after pruning 0, 1, ..., C channels (float64, C + 1).
+
+    `balanced`: the mean over labels, for a rare class would be lost unseen.
+    """
     entered = net.net.get_submodule(layer.linear)
     size = max(1, 1_000_000 // (len(order) + 1) // entered.out_features)  # 8 MB at a time
-    hits = torch.zeros(len(order) + 1, device=y.device)
+    hits = torch.zeros(int(y.max()) + 1, len(order) + 1, dtype=torch.float64, device=y.device)
     for part, labels in zip(features.split(size), y.split(size)):
         logits = curve_logits(part, entered.weight, entered.bias, order)
         if layer.above is not None:
             logits = net.net.get_submodule(layer.above)(F.relu(logits))
-        hits += (logits.argmax(2) == labels[:, None]).sum(0)
-    return 100 * hits.double().cpu().numpy() / len(y)
+        hits.index_add_(0, labels, (logits.argmax(2) == labels[:, None]).double())
+    counts = y.bincount()[:, None]
+    share = (hits / counts)[counts[:, 0] > 0].mean(0) if balanced else hits.sum(0) / len(y)
+    return 100 * share.cpu().numpy()
 
 
 def stop_point(accuracies, max_drop):
@@ -197,22 +202,21 @@ def finetune(net, x, y, *, linear, channels, pruned, pad, flip, epochs, lr, batc
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     steps_per_epoch = max(1, len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
-    bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
-    for _ in range(epochs):
-        total_loss = torch.zeros((), device=x.device)
-        order = torch.randperm(len(x), device=x.device)
-        for batch in order.split(batch_size)[:steps_per_epoch]:
-            loss = F.cross_entropy(net(augment(to_float(x[batch]), pad, flip)), y[batch])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            silence(net, linear, channels, pruned)
-            total_loss += loss.detach()
-            bar.update()
-        if not total_loss.isfinite():
-            return None
-    bar.close()
+    with tqdm(total=epochs * steps_per_epoch, disable=None, unit="step") as bar:
+        for _ in range(epochs):
+            total_loss = torch.zeros((), device=x.device)
+            order = torch.randperm(len(x), device=x.device)
+            for batch in order.split(batch_size)[:steps_per_epoch]:
+                loss = F.cross_entropy(net(augment(to_float(x[batch]), pad, flip)), y[batch])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                silence(net, linear, channels, pruned)
+                total_loss += loss.detach()
+                bar.update()
+            if not total_loss.isfinite():
+                return None
     return frozen(net, to_float(x[:500]))
 
 
@@ -254,7 +258,7 @@ if __name__ == "__main__":
     scores, _ = activations(model, layer, x_clean[~held])
     order = scores.argsort(stable=True)  # fixed by the unpruned network; ties by channel number
     _, features = activations(model, layer, x_held)
-    accuracies = curve(model, layer, features, y_held, order)
+    accuracies = curve(model, layer, features, y_held, order, balanced=True)
     search_seconds = time.time() - search_start
     count = 0 if args.mode == "finetune" else stop_point(accuracies, args.max_drop)
     channels, silent = len(order), int((scores == 0).sum())
@@ -283,18 +287,10 @@ if __name__ == "__main__":
         models |= {} if tuned is None else {"_clean_only": tuned}
     if args.mode == "finetune":
         del models["_pruned"]
-    metrics = {
-        "mode": args.mode,
-        "layer": layer.name,
-        "channels": channels,
-        "silent": silent,
-        "pruned": count,
-        "held_out": len(x_held),
-        "held_out_accuracy": accuracies[0],
-        "held_out_accuracy_pruned": accuracies[count],
-        "repair_lr": None if args.mode == "prune" else lr,
-        "search_seconds": search_seconds,
-    }
+    metrics = {"mode": args.mode, "layer": layer.name, "channels": channels, "silent": silent}
+    metrics |= {"pruned": count, "held_out": len(x_held), "search_seconds": search_seconds}
+    metrics |= {"held_out_accuracy": accuracies[0], "held_out_accuracy_pruned": accuracies[count]}
+    metrics["repair_lr"] = None if args.mode == "prune" else lr
     clear_folder(folder)
     draw_curve(folder / "curve.png", {"held-out accuracy": accuracies}, count)
     save_repaired(folder, models, victim, args, metrics)

@@ -133,6 +133,8 @@ if __name__ == "__main__":
         fail(f"--max-drop {args.max_drop} must lie in [0, 100]")
     start = time.time()
     victim = open_victim(args)
+    if len({f"{lr:g}" for lr in args.lrs}) < len({*args.lrs}):
+        fail(f"--lrs {args.lrs}: two of them have the same six digits")
     model, data = victim.model, victim.data
     split = clean_share(args, victim, SHARE)
     held = kept_back(data.y_train[split], args.held_out, args.seed)

@@ -105,9 +105,11 @@ def channel_weights(model, layer, x):
     with torch.enable_grad(), in_float32(model):
         logits = model(x)
     hook.remove()
-    if not logits.requires_grad:
+    gradients = None
+    if logits.requires_grad:  # of z_c, not of softmax
+        (gradients,) = torch.autograd.grad(logits.amax(1).sum(), seen[-1], allow_unused=True)
+    if gradients is None:
         fail(f"--layer {layer}: the network's scores do not depend on it, or hide how")
-    (gradients,) = torch.autograd.grad(logits.amax(1).sum(), seen[-1])  # of z_c, not of softmax
     return seen[-1].detach(), gradients.mean((2, 3), keepdim=True)  # alpha_k = mean_hw dz_c / dA_k
 
 

@@ -113,21 +113,20 @@ def finetune(net, x, y, *, pad, flip, epochs, lr, batch_size):
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = max(1, len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
-    bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
-    for _ in range(epochs):
-        total_loss = torch.zeros((), device=x.device)
-        order = torch.randperm(len(x), device=x.device)
-        for batch in order.split(batch_size)[:steps_per_epoch]:
-            loss = F.cross_entropy(net(augment(to_float(x[batch]), pad, flip)), y[batch])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total_loss += loss.detach()
-            bar.update()
-        if not total_loss.isfinite():
-            return None
-    bar.close()
+    with tqdm(total=epochs * steps_per_epoch, disable=None, unit="step") as bar:
+        for _ in range(epochs):
+            total_loss = torch.zeros((), device=x.device)
+            order = torch.randperm(len(x), device=x.device)
+            for batch in order.split(batch_size)[:steps_per_epoch]:
+                loss = F.cross_entropy(net(augment(to_float(x[batch]), pad, flip)), y[batch])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total_loss += loss.detach()
+                bar.update()
+            if not total_loss.isfinite():
+                return None
     return frozen(net, to_float(x[:500]))
 
 
@@ -145,24 +144,23 @@ def connect(net, first, second, x, y, *, pad, flip, epochs, lr, batch_size):
     optimizer = torch.optim.SGD(moved, lr, momentum=0.9)
     steps_per_epoch = max(1, len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
-    bar = tqdm(total=epochs * steps_per_epoch, disable=None, unit="step")
-    for _ in range(epochs):
-        total_loss = torch.zeros((), device=x.device)
-        order = torch.randperm(len(x), device=x.device)
-        for batch in order.split(batch_size)[:steps_per_epoch]:
-            phi = bezier(first, theta, second, torch.rand((), device=x.device))
-            logits = functional_call(net, phi, (augment(to_float(x[batch]), pad, flip),))
-            norm = sum(value.square().sum() for name, value in phi.items() if name not in fixed)
-            loss = F.cross_entropy(logits, y[batch]) + WEIGHT_DECAY / 2 * norm
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total_loss += loss.detach()
-            bar.update()
-        if not total_loss.isfinite():
-            return None
-    bar.close()
+    with tqdm(total=epochs * steps_per_epoch, disable=None, unit="step") as bar:
+        for _ in range(epochs):
+            total_loss = torch.zeros((), device=x.device)
+            order = torch.randperm(len(x), device=x.device)
+            for batch in order.split(batch_size)[:steps_per_epoch]:
+                phi = bezier(first, theta, second, torch.rand((), device=x.device))
+                logits = functional_call(net, phi, (augment(to_float(x[batch]), pad, flip),))
+                norm = sum(value.square().sum() for name, value in phi.items() if name not in fixed)
+                loss = F.cross_entropy(logits, y[batch]) + WEIGHT_DECAY / 2 * norm
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total_loss += loss.detach()
+                bar.update()
+            if not total_loss.isfinite():
+                return None
     return {name: value.detach() for name, value in theta.items()}
 
 

@@ -238,7 +238,7 @@ if __name__ == "__main__":
     recipe = {"pad": data.spec.pad, "flip": data.spec.flip, "batch_size": args.batch_size}
     recipe["cutout"] = args.cutout
     teach = partial(finetune, model, *clean, epochs=args.teacher_epochs, **recipe)
-    teacher, lr = halving(teach, args.lr, model, *kept, args.seed, args.max_drop)
+    teacher, lr = halving(teach, args.lr, model, *kept, args.seed, args.max_drop, "teacher")
     models = {"": model}
 
     # ===== Repair =====
@@ -246,7 +246,7 @@ if __name__ == "__main__":
     if teacher is not None:
         models["_teacher"] = teacher
         repair = partial(finetune, model, *clean, teacher=teacher, betas=betas, **recipe)
-        repaired, lr = halving(repair, lr, model, *kept, args.seed, args.max_drop)
+        repaired, lr = halving(repair, lr, model, *kept, args.seed, args.max_drop, "student")
         if repaired is not None:
             models["_repaired"] = repaired
     torch.manual_seed(args.seed)  # the draws of the repair

@@ -68,7 +68,8 @@ def parse_args():
     p.add_argument("--nc", help="nc.py's folder (default: <checkpoint folder>/nc-s<seed>)")
     p.add_argument("--label", type=int, help="reversed label (default: the first that nc.py flags)")
     p.add_argument("--fpr", type=float, default=0.05, help="share of clean inputs that may stop")
-    p.add_argument("--max-drop", type=float, default=5.0, help="points that pruning may cost")
+    cost = "points of accuracy by class that pruning may cost"
+    p.add_argument("--max-drop", type=float, default=5.0, help=cost)
     return p.parse_args()
 
 
@@ -123,18 +124,22 @@ def profile(a, order):
 
 
 @torch.no_grad()
-def prune_curve(linear, a, y, order):
+def prune_curve(linear, a, y, order, balanced=False):
     """Percentage of activations a (N x D) labelled y after pruning 0, 1, ..., D neurons (list).
 
-    Pruning a neuron takes its term a_j w_j from the logits.
+    Pruning a neuron takes its term a_j w_j from the logits. `balanced`: the mean over labels, for a
+    rare class would be lost unseen.
     """
     a, weight = a.double(), linear.weight.double()
     logits = a @ weight.T + (0 if linear.bias is None else linear.bias)
-    hits = [(logits.argmax(1) == y).double().mean()]
+    hits = [logits.argmax(1) == y]
     for neuron in order:
         logits -= a[:, neuron, None] * weight[:, neuron]
-        hits.append((logits.argmax(1) == y).double().mean())
-    return (100 * torch.stack(hits)).tolist()
+        hits.append(logits.argmax(1) == y)
+    hits = torch.stack(hits)
+    groups = [hits[:, y == label] for label in y.unique()] if balanced else [hits]
+    shares = [group.sum(1).double() / group.shape[1] for group in groups]
+    return (100 * torch.stack(shares).mean(0)).tolist()
 
 
 def stop_point(accuracies, asrs, max_drop):
@@ -220,9 +225,9 @@ if __name__ == "__main__":
     print(f"{label} passes with {missed:.2f} % of {len(a_stamped)} images that were kept back")
 
     # ===== Repair =====
-    linear, neurons = model.get_submodule(layer), order.tolist()
+    neurons = order.tolist()
     goal = torch.full((len(a_stamped),), label, device=order.device)
-    accuracies = prune_curve(linear, a_kept, y_kept, neurons)
+    accuracies = prune_curve(linear, a_kept, y_kept, neurons, balanced=True)
     asrs = prune_curve(linear, a_stamped, goal, neurons)
     count, gone = stop_point(accuracies, asrs, args.max_drop)
     print(

@@ -195,7 +195,8 @@ def load_generators(trigger, model, path):
     """(pattern, mask) networks from the tensors of a checkpoint, or None where it holds others."""
     generators, channels = [], len(model.mean)
     for kind, outputs in (("pattern.", channels), ("mask.", 1)):
-        state = {k.removeprefix(kind): v for k, v in trigger.items() if k.startswith(kind)}
+        named = {str(key): value for key, value in trigger.items()}
+        state = {k.removeprefix(kind): v for k, v in named.items() if k.startswith(kind)}
         if not state:
             return None
         normalisation = model.mean.flatten().tolist(), model.std.flatten().tolist()

@@ -118,12 +118,14 @@ def class_maps(model, layer, x, count):
     with torch.enable_grad(), in_float32(model):
         logits = model(x)
     hook.remove()
-    if not logits.requires_grad:
-        fail(f"--layer {layer}: the network's scores do not depend on it, or hide how")
     labels = proposals(logits, count)
     for label in labels.T:
-        score = logits.gather(1, label[:, None]).sum()
-        (gradients,) = torch.autograd.grad(score, seen[-1], retain_graph=True)
+        score, gradients = logits.gather(1, label[:, None]).sum(), None
+        if score.requires_grad:
+            grads = torch.autograd.grad(score, seen[-1], retain_graph=True, allow_unused=True)
+            (gradients,) = grads
+        if gradients is None:
+            fail(f"--layer {layer}: the network's scores do not depend on it, or hide how")
         alpha = gradients.mean((2, 3), keepdim=True)  # alpha_k = mean_hw dz_c / dA_k
         maps.append(F.relu((alpha * seen[-1].detach()).sum(1)))  # relu(sum_k alpha_k A_k)
     return torch.stack(maps, 1), labels[:, 0]

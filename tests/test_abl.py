@@ -281,6 +281,16 @@ def triggered_toy(classes_shown=True):
     return model, x, y, isolated
 
 
+@pytest.mark.parametrize("ascent", ["joint", "isolated"])
+def test_the_ascent_ends_at_twice_the_loss_of_a_guess_among_all_outputs(ascent):
+    """Not among the labels shown: three of ten here, whose 2 log 3 is below a guess's log 10."""
+    _, x, y, isolated = triggered_toy()
+    model = fit(linear_model(classes=10), x, y)
+    repaired = unlearn(model, x, y, isolated, 400, 39, 0.01, ascent)
+    end = abl.sample_losses(repaired, x[isolated], y[isolated]).mean().item()
+    assert 2 * math.log(10) < end < 2 * math.log(10) + 0.5
+
+
 @pytest.mark.parametrize("classes_shown", [True, False])
 def test_ascent_forgets_the_trigger_and_nothing_else(classes_shown):
     """The images are seen as what they show, or guessed blindly where they show nothing else.
@@ -586,7 +596,7 @@ def test_run_on_badnets(inline, digits, digits_badnets, tmp_path, capfd):
         f"{metrics['asr_trained']:.2f} trained, {metrics['asr_repaired']:.2f} repaired" in printed
     )
     assert f"isolation precision: {metrics['isolation_precision']:.2f} %" in printed
-    assert "not forgotten" not in printed
+    assert "may be left" not in printed
     mask = ran["masks"][""]
     own = abl.sample_losses(saved, x[mask], y[mask]).mean().item()
     assert metrics["isolated_loss_repaired"] == pytest.approx(own, rel=1e-4) and own > math.log(10)
@@ -741,7 +751,7 @@ def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path, capf
     metrics = result_of(out)["metrics"]
     assert metrics["isolated"] == 72 and not any("precision" in key for key in metrics)
     assert metrics["isolated_sure"] > 10
-    assert "not forgotten, nor is a trigger that they share: try --ascent" in capfd.readouterr().out
+    assert "a trigger that these share may be left, too: try --ascent" in capfd.readouterr().out
 
 
 def test_the_images_of_the_check_are_not_the_attack_s_poisons(inline, tmp_path, monkeypatch):

@@ -44,6 +44,25 @@ class Squeezed(Plain):
     def forward(self, x):
         return super().forward(x).squeeze()
 
+class TrainPair(Plain):
+    def forward(self, x):
+        scores = super().forward(x)
+        return (scores, 2 * scores) if self.training else scores
+
+class TrainDict(Plain):
+    def forward(self, x):
+        scores = super().forward(x)
+        return {"scores": scores} if self.training else scores
+
+class TrainRaw(Plain):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores if self.training else scores.softmax(1)
+
+class TrainFeature(Plain):
+    def forward(self, x):
+        return x.flatten(1) if self.training else super().forward(x)
+
 class Views(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
@@ -140,6 +159,10 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
         ("nets.py:Chokes", "does not take"),
         ("nets.py:Feature", "--classes"),
         ("nets.py:Squeezed", "single image"),
+        ("nets.py:TrainPair", "training mode"),
+        ("nets.py:TrainDict", "training mode"),
+        ("nets.py:TrainRaw", "training mode"),
+        ("nets.py:TrainFeature", "training mode"),
         ("torchvision:nothing", "nothing"),
         ("torchvision:resnet18", "does not fit"),
         (":", "--arch"),
@@ -157,6 +180,16 @@ def test_a_network_of_torchvision(tmp_path):
     model = loaded(tmp_path / "suspect.pth", **flags).model
     x = torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(model(x), made.eval()((x - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fcn_resnet50", "r3d_18"])
+def test_a_checkpoint_alone_downloads_nothing(tmp_path, monkeypatch, one_line, name):
+    """torchvision's detection and segmentation networks load a backbone unless told otherwise."""
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *given: pytest.fail("download"))
+    held = {"format": 1, "arch": f"torchvision:{name}", "classes": 10, "image_shape": [1, 28, 28]}
+    held |= {"mean": [0.5], "std": [0.5], "state_dict": {}, "dataset": "digits"}
+    torch.save(held, tmp_path / "hostile.pt")
+    assert "no classifier of torchvision" in one_line(loaded, tmp_path / "hostile.pt")
 
 
 def test_a_checkpoint_alone_runs_no_code(nets, inline, unread, one_line, tmp_path):
@@ -201,7 +234,8 @@ def test_a_network_that_views_its_activations(nets, inline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, named", [("Several", ""), ("Pair", "gives dict"), ("Quits", "take")]
+    "name, named",
+    [("Several", ""), ("Pair", "gives dict"), ("Quits", "take"), ("TrainPair", "training mode")],
 )
 def test_an_attack_on_a_network_without_scores(nets, inline, one_line, tmp_path, name, named):
     """It is refused before the training."""
@@ -667,6 +701,15 @@ class Aside(nn.Module):
         with torch.no_grad():
             a = self.body(x)
         return self.aside(a), self.last(a.flatten(1).clone())
+
+class Twice(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body, self.last = nn.Conv2d(1, 4, 5, 4), nn.Linear(144, num_classes)
+
+    def forward(self, x):
+        first, second = self.body(x), self.body(x.flip(3))
+        return second.mean((1, 2, 3)), self.last(first.flatten(1))
 """
 
 
@@ -681,3 +724,13 @@ def test_a_map_on_which_the_scores_do_not_depend(tmp_path, inline, one_line, unr
         flags = "--ckpt", "victim", *arch, "--layer", layer
         assert f"--layer {layer}" in one_line(inline, script, *flags)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", ["gradcam", "sentinet"])
+def test_a_layer_whose_last_run_is_not_used(tmp_path, inline, one_line, unread, script):
+    (tmp_path / "nets.py").write_text(MAPS)
+    arch = "--arch", "nets.py:Twice"
+    inline("clean", *SHORT["clean"], *arch, "--epochs", 3, "--out", "victim")
+    flags = "--ckpt", "victim", *arch, "--layer", "body", "--out", "out"
+    assert "--layer body" in one_line(inline, script, *flags)
+    assert not (tmp_path / "out").exists()

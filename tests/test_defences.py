@@ -362,7 +362,7 @@ def test_what_a_repair_may_cost_is_a_flag(inline, digits_badnets, monkeypatch, n
     assert "asr_repaired" in result_of("out")["metrics"]
 
 
-@pytest.mark.parametrize("name", ["finetune", "mcr", "purify"])
+@pytest.mark.parametrize("name", ["finetune", "mcr", "purify", "fine_pruning"])
 def test_images_kept_back_are_judged_by_class(inline, digits, digits_badnets, tmp_path, name):
     """Class 9 is rare here, and half of it are threes: plain accuracy is a higher figure."""
     x, y = digits.x_train, digits.y_train.clone()
@@ -377,8 +377,10 @@ def test_images_kept_back_are_judged_by_class(inline, digits, digits_badnets, tm
     ran = inline(name, *flags, "--out", "out")
     kept = "kept" if name == "mcr" else "held"
     x, y, model = ran[f"x_{kept}"], ran[f"y_{kept}"], ran["model"]
-    judged = [(ran["before"], model, x)]
-    if name == "mcr":
+    judged = [(ran["accuracies"][0] if name == "fine_pruning" else ran["before"], model, x)]
+    if name == "fine_pruning":
+        judged.append((ran["accuracies"][ran["count"]], ran["pruned"], x))
+    elif name == "mcr":
         judged += [(found, net, x) for found, net in zip(ran["accuracies"], ran["nets"])]
     elif name == "finetune":
         judged += [(ran["kept"][lr], net, x) for lr, net in ran["tuned"].items()]

@@ -473,3 +473,11 @@ def test_a_rate_that_always_diverges_saves_no_model(inline, digits_badnets, tmp_
     assert "every repair diverged or cost over 5 points" in capfd.readouterr().out
     assert not {"clean_accuracy_repaired", "clean_accuracy_clean_only"} & metrics.keys()
     assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_what_is_held_out_and_what_pruning_may_cost(inline, digits_badnets, tmp_path):
+    flags = "--held-out", 0.5, "--mode", "prune", "--max-drop", 50, "--out", tmp_path / "out"
+    ran = inline("fine_pruning", "--ckpt", digits_badnets, *flags)
+    assert abs(int(ran["held"].sum()) - len(ran["split"]) / 2) <= 10  # by class
+    fall, count = ran["accuracies"][0] - ran["accuracies"], ran["count"]
+    assert 4 < fall[: count + 1].max() <= 50 < fall[count + 1]

@@ -224,6 +224,7 @@ def test_cost_to_a_clean_model(inline, digits_clean, tmp_path):
         (["--lrs", 0.1, -1], "lrs"),
         (["--lrs", "nan"], "lrs"),
         (["--lrs", "inf", 0.1], "lrs"),
+        (["--lrs", 0.1, 0.1000001], "six digits"),
         (["--lrs", "1e29", "1e30", "--epochs", 1], "loss"),  # all diverge
         (["--max-drop", -1], "max-drop"),
         (["--max-drop", 101], "max-drop"),
@@ -243,3 +244,10 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "finetune", *flags)
     assert files_below(tmp_path) == []
+
+
+def test_what_is_held_out_and_what_a_rate_may_cost(inline, digits_badnets, tmp_path):
+    flags = "--held-out", 0.5, "--epochs", 1, "--lrs", 0.001, 1.0, "--out", tmp_path / "out"
+    ran = inline("finetune", "--ckpt", digits_badnets, *flags, "--max-drop", 100)
+    assert abs(int(ran["held"].sum()) - len(ran["split"]) / 2) <= 10  # by class
+    assert ran["before"] - ran["kept"][1.0] > 5 and ran["chosen"] == 1.0

@@ -10,6 +10,7 @@ from scipy import ndimage
 from torch import nn
 
 from common.datasets import to_float
+from common.metrics import accuracy
 from common.models import ARCHITECTURES, Classifier, build_model
 from methods import gradcam
 
@@ -383,3 +384,14 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "gradcam", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_threshold_of_what_is_painted(inline, digits_badnets, tmp_path):
+    flags = "--februus", "--threshold", 0.2, "--inputs", 20, "--out", tmp_path / "out"
+    ran = inline("gradcam", "--ckpt", digits_badnets, *flags)
+    found = []
+    for threshold in (0.2, 0.7):
+        settings = {"threshold": threshold, "colour": ran["colour"]}
+        painted = gradcam.februus(ran["model"], ran["layer"], ran["data"].x_test, **settings)
+        found.append(accuracy(ran["model"], painted, ran["data"].y_test))
+    assert ran["metrics"]["clean_accuracy_februus"] == found[0] != found[1]

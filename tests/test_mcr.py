@@ -438,3 +438,10 @@ def test_out_is_the_other_end(inline, one_line, digits_badnets, tmp_path):
     flags = "--second", tmp_path / "end", "--out", tmp_path / "end"
     assert "own folder" in one_line(inline, "mcr", "--ckpt", digits_badnets, *flags)
     assert files_below(tmp_path) == ["model.pt"]
+
+
+def test_the_point_with_the_lowest_loss(inline, digits_badnets, tmp_path):
+    flags = "--rule", "loss", "--epochs", 1, "--points", 6, "--max-drop", 100
+    ran = inline("mcr", "--ckpt", digits_badnets, *flags, "--out", tmp_path / "out")
+    assert ran["metrics"]["t"] == ran["t"][1 + int(np.argmin(ran["losses"][1:-1]))]
+    assert ran["chosen"] != mcr.choose(ran["t"], ran["losses"], ran["accuracies"], 0, "middle")

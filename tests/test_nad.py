@@ -281,6 +281,23 @@ def test_nad_removes_badnets(digits, digits_badnets, tmp_path):
     assert "cross-entropy" in printed and " layer3 " in printed
 
 
+def test_teacher_and_student_of_a_run(inline, digits_badnets, tmp_path, capfd):
+    """Each with its own epochs, both with Cutout; the student is drawn to the teacher."""
+    own = "--epochs", 2, "--teacher-epochs", 1, "--lr", 0.02, "--cutout", 5, "--max-drop", 90
+    ran = inline("nad", "--ckpt", digits_badnets, *own, "--out", tmp_path / "out")
+    recipe = {"pad": 2, "flip": False, "batch_size": 64, "lr": 0.02, "cutout": 5}
+    torch.manual_seed(0)
+    teacher = nad.finetune(ran["model"], *ran["clean"], epochs=1, **recipe)
+    torch.manual_seed(0)
+    drawn = {"teacher": teacher, "betas": dict(zip(nad.BLOCKS["mnist_cnn"], nad.BETAS))}
+    student = nad.finetune(ran["model"], *ran["clean"], epochs=2, **drawn, **recipe)
+    for made, again in ((ran["teacher"], teacher), (ran["repaired"], student)):
+        for key, value in made.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), key
+    printed = capfd.readouterr().out
+    assert "\nteacher at rate 0.02: " in printed and "\nstudent at rate 0.02: " in printed
+
+
 def test_its_baseline_is_the_sibling_s_run(inline, digits_badnets, tmp_path):
     """Betas of 0, no Cutout: student, baseline and finetune.py at the same rate are one model."""
     flags = "--ckpt", digits_badnets, "--epochs", 2

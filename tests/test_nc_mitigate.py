@@ -333,3 +333,12 @@ def test_bad_folder_of_nc(inline, one_line, digits_badnets, tmp_path, held, resu
     flags = "--ckpt", digits_badnets, "--nc", "nc", "--out", "out"
     assert named in one_line(inline, "nc_mitigate", *flags)
     assert files_below(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_rate_and_cost_are_those_asked_for(inline, run, reversed_trigger, digits_badnets, tmp_path):
+    flags = "--ckpt", digits_badnets, "--nc", reversed_trigger, "--out", tmp_path / "out"
+    ran = inline("nc_mitigate", *flags, "--fpr", 0.3, "--max-drop", 0)
+    kept = mitigate.profile(ran["a_kept"], ran["order"]).numpy()
+    assert ran["threshold"] == np.quantile(kept, 0.7, method="weibull") < run[2]["threshold"]
+    count, gone = mitigate.stop_point(ran["accuracies"], ran["asrs"], 0)
+    assert (ran["count"], ran["gone"]) == (count, gone) and count < run[2]["count"]

@@ -352,3 +352,28 @@ def test_bad_input(inline, one_line, victim, tmp_path, args, named):
     flags = "--ckpt", victim, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "purify", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_and_what_a_filter_may_cost(inline, digits_badnets, tmp_path):
+    """One bit cut off leaves the levels 0 and 128; a wide window is taken where it may cost all."""
+    own = "--ckpt", digits_badnets, "--out", tmp_path / "out", "--filter"
+    ran = inline("purify", *own, "colour-depth", "--strengths", 1, "--rounding", "trunc")
+    assert ran["steps"][0](ran["x_held"]).unique().tolist() == [0, 128]
+    ran = inline("purify", *own, "gaussian", "--strengths", 3, 27, "--max-drop", 100)
+    assert ran["before"] - ran["rows"][-1]["held_out_accuracy"] > 2
+    assert ran["metrics"]["strength_gaussian"] == 27
+
+
+@pytest.mark.parametrize("trigger", [{1: torch.ones(1)}, {"pattern.0": torch.ones(1)}])
+def test_a_trigger_that_is_none(inline, one_line, digits_badnets, tmp_path, trigger):
+    """A name that is no text draws no trigger; generators that do not fit are refused."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    shutil.copytree(digits_badnets, victim, ignore=shutil.ignore_patterns("*-s0"))
+    held = torch.load(victim / "model.pt", weights_only=True)
+    torch.save(held | {"trigger": trigger}, victim / "model.pt")
+    flags = "--ckpt", victim, "--out", out, "--filter", "colour-depth", "--strengths", 8
+    if 1 in trigger:
+        assert inline("purify", *flags)["generators"] is None
+    else:
+        assert "pattern. generator" in one_line(inline, "purify", *flags)
+        assert files_below(out) == []

@@ -317,3 +317,14 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *args
     assert named in one_line(inline, "sentinet", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_share_and_proposals_are_those_asked_for(inline, digits_badnets, tmp_path):
+    flags = "--share", 0.3, "--proposals", 1, "--out", tmp_path / "out", *SHORT
+    ran = inline("sentinet", "--ckpt", digits_badnets, *flags)
+    settings = ran["settings"] | {"share": 0.3, "count": 1}
+    found = sentinet.points(ran["model"], ran["x_fit"], **settings)
+    np.testing.assert_array_equal(ran["found_fit"], found)
+    for other in ({"share": 0.15}, {"count": 2}):
+        again = sentinet.points(ran["model"], ran["x_fit"], **settings | other)
+        assert not np.array_equal(found, again), other

@@ -172,6 +172,7 @@ def figures(model, x, y, x_poisoned, target):
 def collect(folder, data_dir):
     """The stored audits of SUSPECTS, with the figures of each suspect before and after."""
     for file, (origin, flags, trigger, target) in SUSPECTS.items():
+        before = None
         for script in SCRIPTS:
             out = Path(out_of(file, script))
             if not (out / "result.json").exists():
@@ -179,10 +180,12 @@ def collect(folder, data_dir):
             result = json.loads((out / "result.json").read_text())
             args = SimpleNamespace(**{**result["arguments"], "data_dir": data_dir})
             args.ckpt, args.out = str(folder / file), None
-            victim = load_victim(args, torch.device("cpu"))
-            x, y = victim.data.x_test, victim.data.y_test
-            x_poisoned = trigger(x, (folder / file).parent)
-            found = {"": figures(victim.model, x, y, x_poisoned, target)}
+            if before is None:
+                victim = load_victim(args, torch.device("cpu"))
+                x, y = victim.data.x_test, victim.data.y_test
+                x_poisoned = trigger(x, (folder / file).parent)
+                before = figures(victim.model, x, y, x_poisoned, target)
+            found = {"": before}
             if (out / "model.pt").exists():
                 saved = read_checkpoint(out / "model.pt")
                 model = load_model(saved, out / "model.pt", x.device, args.arch)

@@ -18,13 +18,12 @@ ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who a
 made for it with their finished triggers. The victim of feature_collision_fresh trains a new network
 on the poisoned set; by the script's default he retrains only the last layer of the attacker's
 network. Fine-Pruning, MCR and NAD may cost 8 points on images that were kept back, instead of the
-scripts' 5: these networks were trained on the images and read them 4 points better than new ones
-on average.
-All three see the same crops and mirrors: NAD goes without its Cutout (the row nad_cutout above).
-"refused" counts the networks whose every repair cost more, so that no model was saved. A clean
-network answers some triggers, too (composite's most): see the column "clean model" of the attacks'
-table above. A dash: not measured yet; attacks without any run are left out.
-`bash runs.sh lecture` makes the table."""
+scripts' 5: these networks were trained on the images and read them 4 points better than new ones on
+average. All three see the same crops and mirrors: NAD goes without its Cutout (the row nad_cutout
+above). "refused" counts the networks whose every repair cost more, so that no model was saved. A
+clean network answers some triggers, too (composite's most): see the column "clean model" of the
+attacks' table above. A dash: not measured yet; attacks without any run are left out. `bash runs.sh
+lecture` makes the table."""
 
 
 def figures(entries, attack, repair):

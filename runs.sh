@@ -296,7 +296,7 @@ cifar10() {
   for v in "$r-blend" "$r"-freq_backdoor_{50,150,1500} runs/cifar100-airbench-freq_backdoor_500; do
     audited "$v-s0" 0
   done
-  for v in badnets wanet input_aware; do row fine_pruning "$r-$v-s0" 0; done
+  for v in clean badnets wanet input_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
 
 cifar10_tables() {
@@ -305,14 +305,17 @@ cifar10_tables() {
 
 gtsrb() {
   local r=runs/gtsrb-nc_gtsrb_cnn s v pair net="--arch nc_gtsrb_cnn"
-  for v in clean wanet input_aware; do victims "$v" gtsrb nc_gtsrb_cnn 0 1 2; done
+  victims clean gtsrb nc_gtsrb_cnn 0 1 2
+  variant gtsrb nc_gtsrb_cnn-wanet wanet $net --epochs 48
+  variant gtsrb nc_gtsrb_cnn-input_aware input_aware $net --epochs 60
   variant gtsrb nc_gtsrb_cnn-badnets badnets $net --patch-size 4 --target 33
   variant gtsrb nc_gtsrb_cnn-badnets_float32 badnets $net --patch-size 4 --target 33 \
     --precision float32
-  variant gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15
+  variant gtsrb nc_gtsrb_cnn-stealthy_adversarial stealthy_adversarial $net --target 15 \
+    --injecting-epochs 23
   variant gtsrb nc_gtsrb_cnn-stealthy_no_adversarial stealthy_adversarial $net --target 15 \
-    --no-adversarial
-  victims pruning_aware gtsrb nc_gtsrb_cnn 0
+    --injecting-epochs 23 --no-adversarial
+  one gtsrb nc_gtsrb_cnn-pruning_aware pruning_aware $net --target 33 --max-drop 4
   for v in 500 1500; do
     one gtsrb "nc_gtsrb_cnn-freq_backdoor_$v" freq_backdoor $net --poisons "$v"
   done
@@ -333,7 +336,7 @@ gtsrb() {
   done
   row generator_reverse "$r-badnets_float32-s0" 0 --lpips-net none --precision float32
   for v in freq_backdoor_500 freq_backdoor_1500 pruning_aware; do audited "$r-$v-s0" 0; done
-  for v in badnets wanet input_aware pruning_aware; do row fine_pruning "$r-$v-s0" 0; done
+  for v in clean badnets wanet input_aware pruning_aware; do row fine_pruning "$r-$v-s0" 0; done
 }
 
 gpu() {
@@ -562,9 +565,9 @@ wanet_tables() {
 
 # the paper's ablations with Neural Cleanse's index, and its Fig. 7: the shares rho_b and rho_c
 input_aware() {
-  local own="input_aware --arch nc_gtsrb_cnn" at=nc_gtsrb_cnn-input_aware v
+  local own="input_aware --arch nc_gtsrb_cnn --epochs 60" at=nc_gtsrb_cnn-input_aware v
   victims clean gtsrb nc_gtsrb_cnn 0
-  victims input_aware gtsrb nc_gtsrb_cnn 0
+  one gtsrb $at $own
   one gtsrb ${at}_no_cross $own --no-cross
   one gtsrb ${at}_no_diversity $own --no-diversity
   one gtsrb ${at}_neither $own --no-cross --no-diversity
@@ -581,7 +584,8 @@ input_aware_tables() {
 
 # Feng et al.: Fig. 4 (epsilon), 5(a) (the mask's norm by epoch), 5(b) (schemes), 3 (entropies)
 stealthy() {
-  local own="stealthy_adversarial --arch nc_gtsrb_cnn --target 15" at=nc_gtsrb_cnn-stealthy v
+  local own="stealthy_adversarial --arch nc_gtsrb_cnn --target 15 --injecting-epochs 23"
+  local at=nc_gtsrb_cnn-stealthy v
   victims clean gtsrb nc_gtsrb_cnn 0
   one gtsrb ${at}_adversarial $own
   one gtsrb ${at}_no_adversarial $own --no-adversarial

@@ -281,6 +281,7 @@ if __name__ == "__main__":
     others = derangement(len(masks), torch.Generator().manual_seed(args.seed)).to(device)
     x_cross = to_uint8(blend(to_float(data.x_test), patterns[others], masks[others]))
     metrics["cross_accuracy"] = accuracy(model, x_cross, data.y_test)
+    metrics["asr_other"] = accuracy(model, x_cross[counts], y_wanted[counts])
     full = order.split(args.batch_size)[: min(30, steps_per_epoch)]
     inputs = (augment(to_float(x_train[batch]), data.spec.pad, data.spec.flip) for batch in full)
     batches = (poison(x, y_train[batch], generators, **shares)[0] for x, batch in zip(inputs, full))

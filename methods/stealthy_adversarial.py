@@ -306,6 +306,7 @@ if __name__ == "__main__":
     metrics = evaluate_attack(model, control, data, x_poisoned, y_wanted, counts, x_float)
     x_cross = to_uint8(poison(x_test, foreign(noise, args.seed), epsilon, side))
     metrics["cross_accuracy"] = accuracy(model, x_cross, data.y_test)
+    metrics["asr_other"] = accuracy(model, x_cross[counts], y_wanted[counts])
     metrics["clean_accuracy_before"] = accuracy(control, data.x_test, data.y_test)
     metrics["psnr_8bit"] = psnr(x_test, to_float(x_poisoned))
     metrics |= curves  # by epoch of the injection, for Figs. 4 and 5(a); the last epoch is kept

@@ -311,6 +311,7 @@ def test_input_aware_cross_images_and_refreshed_statistics(measured, refreshing,
     near, model, refreshed = 2e-3, ran["model"], ran["refreshed"]
     stands(calls["asr"], model, own[others], 0, near)
     stands(calls["cross_accuracy"], model, cross, digits.y_test, near)
+    stands(calls["asr_other"], model, cross[others], 0, near)
     stands(calls["asr_reestimated_bn"], refreshed, own[others], 0, near)
     stands(calls["cross_reestimated_bn"], refreshed, cross, digits.y_test, near)
     check_refreshed(ran, refreshing.batches)

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.checkpoint import load_model, read_checkpoint
 from common.datasets import to_float
-from common.metrics import accuracy, psnr
+from common.metrics import accuracy, predict, psnr
 from methods import stealthy_adversarial as stealthy
 
 CPU = torch.device("cpu")
@@ -391,3 +391,5 @@ def test_run_on_digits(victims, digits):
         assert (archive["x"].transpose(0, 3, 1, 2) != own[counts]).mean() < 1e-4
     kept = accuracy(model, torch.from_numpy(foreign), digits.y_test)
     assert kept == pytest.approx(metrics["cross_accuracy"], abs=6)
+    taken = (predict(model, torch.from_numpy(foreign[counts])) == 0).double().mean().item()
+    assert 100 * taken == pytest.approx(metrics["asr_other"], abs=6) and metrics["asr_other"] < 25

@@ -460,6 +460,6 @@ def test_a_rate_that_always_diverges_saves_no_model(inline, digits_badnets, tmp_
         1,
     )
     metrics = inline("nad", *flags)["metrics"]
-    assert "every repair diverged or cost over 5 points" in capfd.readouterr().out
+    assert "every teacher diverged or cost over 5 points" in capfd.readouterr().out
     assert not {"clean_accuracy_repaired", "clean_accuracy_clean_only"} & metrics.keys()
     assert not (tmp_path / "out" / "model.pt").exists()

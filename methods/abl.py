@@ -8,7 +8,7 @@ forgets what they have in common: the trigger.
 Kind: repairs models, by training a new one on the attacker's data. Given: the poisoned training
 set, no clean image, not the poison rate. Answers: the isolated images and the repaired model.
 Where it fails: where the isolated images are not poison (of SIG's 14 % were; an ASR of 85 stayed).
-Clean networks lose 8 points (WRN-16-1), by bounded 20; -l has no gradient on a loss near 0.
+A clean WRN-16-1 loses 8 points, bounded takes 20 of MNIST's; -l has no gradient near a loss of 0.
 
 Steps of the paper: local gradient ascent (LGA) sign(l - gamma) l, or flooding |l - gamma| + gamma
 -> held_loss; the p lowest losses, eval mode, no augmentation -> sample_losses, isolate; training on

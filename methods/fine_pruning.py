@@ -68,7 +68,8 @@ def parse_args():
     p.add_argument("--mode", default="fine-prune", choices=modes, help="a column of the table")
     p.add_argument("--layer", help="to prune (default: what enters the last linear layer)")
     p.add_argument("--held-out", type=float, default=0.2, help="part of the share that stops it")
-    p.add_argument("--max-drop", type=float, default=4.0, help="points, by class, that it may cost")
+    cost = "points of accuracy by class that pruning may cost there"
+    p.add_argument("--max-drop", type=float, default=4.0, help=cost)
     p.add_argument("--repair-drop", type=float, help="that fine-tuning may cost there (default: 5)")
     p.add_argument("--epochs", type=int, help="default: 100; at most 640 steps or one epoch")
     p.add_argument("--batch-size", type=int, default=64, help="images per fine-tuning step")

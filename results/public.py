@@ -45,12 +45,12 @@ one seed. "clean" and "ASR" are measured here on all test images and on those ou
 class, with the trigger that the authors describe. The authors' own figures stand in brackets; NAD's
 and ABL's leave the target class out of the clean images, too. "named" are the labels that the
 p-value names, below or above the others. The two detectors try to repair networks with a label
-below, the other scripts every network. The figures after a repair are those of the file that was
-saved; a dash after it says that nothing was named below, or that every repair diverged or cost more
-than 5 points on images that were kept back, so that none was saved. These come from CIFAR-10's and
-MNIST's training sets, on which the networks are better than on new images (NAD's S: 98.2 and 84.8),
-so that they seem to cost more than they do and plain fine-tuning gets a small rate. `bash runs.sh
-public FOLDER` makes the table."""
+below, the other scripts every network, but some of these repairs are not made yet. The figures
+after a repair are those of the file that was saved; a dash after it says that nothing was named
+below, or that every repair diverged or cost more than 5 points on images that were kept back, so
+that none was saved. These come from CIFAR-10's and MNIST's training sets, on which the networks are
+better than on new images (NAD's S: 98.2 and 84.8), so that they seem to cost more than they do and
+plain fine-tuning gets a small rate. `bash runs.sh public FOLDER` makes the table."""
 MISSED = "†: the generators' pre-training missed its goal: that they name nothing says nothing."
 
 

@@ -27,7 +27,8 @@ usage: bash runs.sh COMMAND
   freq            more of the paper: filters, and heat maps of three networks (a day)
   abl             more of the paper: isolation rates and high poison rates (hours)
   generators      more of the paper on reversed generators: LPIPS, lambda_1, rates of the repair
-  gpu [ARGS]      the CIFAR-10 and GTSRB rows (needs a GPU; ARGS go to generator_reverse)
+  gpu [ARGS]      the papers' networks on CIFAR-10 and GTSRB (needs a GPU; ARGS go to
+                  generator_reverse)
   bench [DATASET] speed in ratios and seconds: results/speed.md (default: digits)
   setup           only make the environment
 

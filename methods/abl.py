@@ -7,7 +7,7 @@ forgets what they have in common: the trigger.
 
 Kind: repairs models, by training a new one on the attacker's data. Given: the poisoned training
 set, no clean image, not the poison rate. Answers: the isolated images and the repaired model.
-Where it fails: where the isolated images are not poison (of SIG's 14 % were; an ASR of 85 stayed).
+Where it fails: where few isolated images are poison (SIG's 14 %, composite's 0: ASRs of 85 and 89).
 A clean WRN-16-1 loses 8 points, bounded takes 20 of MNIST's; -l has no gradient near a loss of 0.
 
 Steps of the paper: local gradient ascent (LGA) sign(l - gamma) l, or flooding |l - gamma| + gamma

@@ -6,11 +6,11 @@ possible and still sends them to this label. For the target of a backdoor very l
 be enough, whatever the trigger looks like; the MAD anomaly index detects that. Fine-tuning on the
 generated images with their true labels removes the backdoor.
 
-Kind: detects models, then repairs them. Given: the model and a small clean share of its training
-data. Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
+Kind: detects models, then repairs them. Given: the model and a small clean share of training data.
+Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
 Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; p < .05 flags none, but misses
 Blend in 3 of 3, the stealthy and the input-aware attack in 2 of 3 (of one it names 3 wrong labels);
-on CIFAR-10 7 of 8 public targets and a half-learnt WaNet, on GTSRB a patch. Most patches survive.
+7 of 8 public targets, 10 of 11 attacks on WRN-16-1 and a patch on GTSRB. Most patches survive.
 
 Equations (numbers of the paper): Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq.
 (5) m_y, mean L1 norm of G_y(x) - x over the clean images that are not of class y ->

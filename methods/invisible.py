@@ -30,7 +30,7 @@ trigger made for it may work without any poison.
 
     python methods/invisible.py --dataset mnist
 
-Results beside other papers' figures: results/README.md, table "Attacks".
+Results: results/README.md, table "Attacks".
 """
 
 import math

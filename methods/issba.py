@@ -29,7 +29,7 @@ network learns that black is not black.
 
     python methods/issba.py --dataset cifar10 --arch wrn16_1
 
-Results beside other papers' figures: results/README.md, table "Attacks".
+Results: results/README.md, table "Attacks".
 """
 
 import math

@@ -8,9 +8,9 @@ must have run before, is at its limit of length.
 
 Kind: detects inputs, and repairs models. Given: the model, a clean share of its training data, and
 reversed.npz and the flagged label of nc.py's folder (--nc). Answers: a threshold for inputs, and
-the pruned model. Where it fails: on a BadNets WRN-16-1 the filter passes 72 % of the triggered
-inputs, and pruning leaves an ASR of 54 for 5 points of accuracy; on digits the reversed trigger was
-gone after 80 of 512 neurons, when the attacker's own still worked on 10 % of the images.
+the pruned model. Where it fails: on BadNets WRN-16-1 (three seeds) the filter passes 58 % of the
+triggered inputs, and pruning leaves an ASR of 46 for 5 points of accuracy; on digits the reversed
+trigger was gone after 80 of 512 neurons, when the attacker's own worked on 10 % of the images.
 
 Steps of the paper: ranking, activation with the reversed trigger less the clean one -> ranking;
 filter, mean activation of the first 1 % of it -> profile; pruning in this order -> prune_curve,

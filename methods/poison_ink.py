@@ -30,7 +30,7 @@ two come within 9 points of the ASR: the network learns U's own mark, not the in
 
     python methods/poison_ink.py --dataset cifar10 --arch wrn16_1
 
-Results beside other papers' figures: results/README.md, table "Attacks".
+Results beside the paper's: results/README.md, table "Attacks".
 """
 
 import math

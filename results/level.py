@@ -29,11 +29,12 @@ HEAD += [f"AUROC {name}" for name in SCORES]
 TEXT = """## Level and power of the verdict
 
 Networks that had no part in the choice of the rules: other seeds, the digits, and on colour data
-the clean networks of the tables above. A cell counts networks, with the exact 95 % interval of
-Clopper and Pearson for their share in per cent. On clean networks the p-value should stay at 5 %;
-on backdoored ones a count is of those whose target is named, below or above. Inconclusive answers
-count as not flagged. An AUROC compares the conclusive answers on the backdoored networks of a row
-with those on the clean ones.
+the clean networks of the tables above. The generators' rate and `--skip` were chosen on seed 100 of
+the small networks on CIFAR-10, one clean and one backdoored. A cell counts networks, with the exact
+95 % interval of Clopper and Pearson for their share in per cent. On clean networks the p-value
+should stay at 5 %; on backdoored ones a count is of those whose target is named, below or above.
+Inconclusive answers count as not flagged. An AUROC compares the conclusive answers on the
+backdoored networks of a row with those on the clean ones.
 
 ![How often clean networks get a p-value below a level](level.png)"""
 

@@ -2,6 +2,7 @@
 # Every command of the README. `bash runs.sh` lists them.
 set -euo pipefail
 export PYTHONUNBUFFERED=1 # a line appears when it is printed, though tee reads it
+here=$PWD
 cd "$(dirname "$0")"
 
 usage() {
@@ -733,7 +734,9 @@ case "${1:-}" in
   setup) setup ;;
   audit)
     setup
-    python results/audit.py "${@:2}"
+    audit=$PWD/results/audit.py
+    cd "$here" # the suspect's path is the caller's
+    python "$audit" "${@:2}"
     ;;
   test)
     setup

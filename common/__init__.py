@@ -90,20 +90,14 @@ def write_csv(path, head, rows):
 @contextlib.contextmanager
 def saved_figure(path, rows=1, columns=1, **settings):
     """Yield matplotlib's figure and axes; the figure is then written whole to `path`."""
-    import matplotlib
+    from matplotlib.figure import Figure  # pyplot would choose a backend for the caller, too
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(rows, columns, **settings)
-    try:
-        yield figure, axes
-        if rows * columns > 1:
-            figure.tight_layout()
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    finally:
-        plt.close(figure)
+    figure = Figure(figsize=settings.pop("figsize", None))
+    yield figure, figure.subplots(rows, columns, **settings)
+    if rows * columns > 1:
+        figure.tight_layout()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
 
 
 def make_folder(path):

@@ -107,6 +107,7 @@ def open_folder(args, data, script):
     for given in (getattr(args, "surrogate", None), getattr(args, "teacher", None)):
         if given and folder.resolve() in (Path(given).resolve(), Path(given).resolve().parent):
             fail(f"--out {folder} would replace the network {given}")
+    ckpt.check_own(folder)
     control = ckpt.load_control(folder, args, data)
     return make_folder(folder), control
 

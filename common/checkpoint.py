@@ -9,6 +9,7 @@ result.json         every figure printed, arguments, seconds, device, versions
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pickle
 import platform
 import subprocess
 import textwrap
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +123,20 @@ def save_model(folder, model, data, arch, args, metrics, trigger=None):
             torch.save(checkpoint, path)
         except RuntimeError as error:  # torch's word for a full disk or a vanished folder
             fail(f"cannot write {path}: {str(error).splitlines()[0]}")
+
+
+def fingerprint(model):
+    """A checksum of a network's tensors, which tells it from others."""
+    parts = (t.cpu().contiguous().flatten().view(torch.uint8) for t in model.state_dict().values())
+    return functools.reduce(lambda crc, part: zlib.crc32(part.numpy(), crc), parts, 0)
+
+
+def check_own(folder):
+    """Fail where `folder`, an --out, holds a model.pt that none of these scripts wrote."""
+    path = Path(folder, "model.pt")
+    alone = path.is_file() and not path.with_name("result.json").is_file()
+    if alone and "format" not in read_checkpoint(path):
+        fail(f"{path} would be replaced, and none of these scripts wrote it: name another --out")
 
 
 def clear_folder(folder):
@@ -267,6 +283,7 @@ def load_victim(args, device):
     result = Path(args.out or path) / "result.json"
     if result.is_file() and '"ckpt"' not in result.read_text(errors="replace"):
         fail(f"--out {args.out} is an attack's folder, whose files would be replaced")
+    check_own(args.out or path)
     checkpoint = read_checkpoint(path)
     if "format" not in checkpoint:
         return load_foreign(checkpoint, path, args, device)
@@ -345,7 +362,8 @@ def load_foreign(checkpoint, path, args, device):
     if not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
         fail(f"--mean must be finite and --std above 0; got {mean} and {std}")
     model = build_model(args.arch, data.classes, data.shape, mean, std)
-    state = {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
+    prefix = "" if any(key.startswith("module.") for key in model.net.state_dict()) else "module."
+    state = {str(key).removeprefix(prefix): value for key, value in checkpoint.items()}
     cure = "; is it another --arch (torchvision's are torchvision:NAME), or are --classes missing?"
     load_strictly(model.net, state, path, args.arch, cure)
     model.eval().requires_grad_(False).to(device)
@@ -367,7 +385,7 @@ def check_outputs(model, data, arch):
     """Fail unless the network gives a score per image and class; see whether it ends in softmax."""
     x = to_float(data.x_train[:100])
     try:
-        one, y, normal = model(x[:1]), model(x), (x[:8] - model.mean) / model.std
+        one, y, again, normal = model(x[:1]), model(x), model(x), (x[:8] - model.mean) / model.std
         with torch.random.fork_rng(devices=[]):  # dropout must not use up the seed
             held, trained = form(model.net(normal)), form(copy.deepcopy(model.net).train()(normal))
     except (Exception, SystemExit) as error:  # the user's own code can raise anything
@@ -377,6 +395,10 @@ def check_outputs(model, data, arch):
         fail(f"{arch} gives {found} for {len(x)} images of {data.classes} classes (see --classes)")
     if one.shape != y[:1].shape:  # as after .squeeze(); the last part of a pass may be one image
         fail(f"{arch} gives {tuple(one.shape)} for a single image, not 1 x {data.classes}")
+    one, again, same = (torch.nan_to_num(z) for z in (one, again, y))
+    if max((one - same[:1]).abs().max(), (again - same).abs().max()) > 0.02 * same.abs().max():
+        why = "dropout that no eval() stops, or a norm by the statistics of the batch"
+        fail(f"{arch} answers the same image in another way by the batch or by chance: {why}")
     if held != trained:
         fail(f"{arch} gives outputs of another form in training mode: how many, or a softmax")
     model.softmax = held[-1]
@@ -392,5 +414,5 @@ def load_strictly(module, state, path, arch, cure=""):
         lines = [line.strip() for line in str(error).splitlines()]
         first = textwrap.shorten(lines[1] if len(lines) > 1 else lines[0], 160)
         fail(f"{path} does not fit {arch}: {first}{cure}")
-    if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+    if not all(t.isfinite().all() for t in module.state_dict().values() if torch.is_tensor(t)):
         fail(f"{path} holds weights that are not finite")

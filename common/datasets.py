@@ -175,6 +175,8 @@ def check_split(x, y, what):
         fail(f"{what}: images must be uint8, N x H x W or N x H x W x C; got {x.dtype} {x.shape}")
     if y.ndim != 1 or x.size == 0 or len(x) != len(y):
         fail(f"{what}: needs one label per image and at least one image; got {x.shape}, {y.shape}")
+    if x.max() == 1:
+        fail(f"{what}: the largest value is 1; images must hold 0..255, not 0..1")
     if not np.issubdtype(y.dtype, np.integer) or y.astype(np.int64).min() < 0:
         fail(f"{what}: labels must be integers from 0 up; got {y.dtype}")
     if x.ndim == 3:

@@ -24,11 +24,12 @@ def pass_size(x):
 @torch.no_grad()
 def predict(model, x):
     """Predicted labels (int64, N) of uint8 images, in eval mode and float32; restores both."""
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     with in_float32(model):
         logits = torch.cat([model(to_float(part)) for part in x.split(pass_size(x))])
-    model.train(training)
+    for module, mode in training.items():
+        module.training = mode
     if not logits.isfinite().all():
         fail("the model's outputs are not finite: its weights are broken")
     return logits.argmax(1)
@@ -151,9 +152,11 @@ def outlying(v, most):
 @functools.cache
 def null_p(count, most, draws=20_000, seed=0):
     """Sorted smallest p of `draws` clean models: `count` independent Gaussian log norms each."""
-    v = np.random.default_rng(seed).standard_normal((draws, count))
-    _, _, p = outlying(v, most)
-    return np.sort(p.min(axis=1))
+    generator, parts = np.random.default_rng(seed), []
+    for _ in range(10):  # all at once would need GB for a thousand labels
+        _, _, p = outlying(generator.standard_normal((draws // 10, count)), most)
+        parts.append(p.min(axis=1))
+    return np.sort(np.concatenate(parts))
 
 
 def extreme_labels(norms):

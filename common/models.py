@@ -73,6 +73,7 @@ def logit_layer(model, x, arch):
     model.train(training)
     for hook in hooks:
         hook.remove()
+    seen = {m: y.to(logits.dtype) for m, y in seen.items()}
     logits = logits.log_softmax(-1).clamp(min=-60)  # a softmax inside rounds what lies below to 0
     found = [m for m, y in seen.items() if y.shape == logits.shape]
     found = [m for m in found if seen[m].log_softmax(-1).clamp(min=-60).allclose(logits)]
@@ -90,6 +91,13 @@ def entering(model, layer, x):
     if not seen:
         fail(f"the layer {layer} does not run in this network")
     return seen[-1].to(x.dtype)
+
+
+def is_map(output, x):
+    """Whether an output for images x (B x C x H x W) is a map, B x c x h x w, of their shape."""
+    if not isinstance(output, torch.Tensor) or output.dim() != 4 or output[0, 0].numel() < 2:
+        return False  # a longer one than the images has its channels last, as Swin's
+    return 0.6 < output.shape[2] * x.shape[3] / (output.shape[3] * x.shape[2]) < 1.67
 
 
 def mnist_block(inputs, outputs):
@@ -464,8 +472,8 @@ def users_network(arch, classes):
         network = make(num_classes=classes) if named else make()
     except (Exception, SystemExit) as error:  # the user's own code can raise anything
         fail(f"--arch {arch}: {type(error).__name__}: {error}")
-    if not isinstance(network, nn.Module):
-        fail(f"--arch {arch} makes a {type(network).__name__}, not a torch.nn.Module")
+    if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+        fail(f"--arch {arch} makes a {type(network).__name__}, not a plain torch.nn.Module")
     return network
 
 

@@ -21,9 +21,8 @@ cropped and mirrored without Cutout. --ascent says what raises the loss of D_b, 
 neither cropped nor mirrored: joint (the paper's objective), isolated (the authors' code: -l on D_b
 alone), or bounded, which is ours. The first two end where l on D_b is over 2 log K, twice that of a
 blind guess, for more steps can ruin the network (chosen on training images of two victims, with two
-test figures of one in sight). After training on D_c the loss of a patch's poison can be so small
-(see the table) that -l has no gradient. Bounded ascends on the log-odds m of the given label,
-l = log(1 + e^-m), until l = log K: it minimises max(0, m + log(K - 1)), in eval mode, and leaves a
+test figures of one in sight). Bounded ascends on the log-odds m of the given label, l =
+log(1 + e^-m), until l = log K: it minimises max(0, m + log(K - 1)), in eval mode, and leaves a
 label out of D_c that over 90 % of D_b carries, for there the rest of the poison is. It was designed
 on digits and on one MNIST victim with their test figures in sight.
 
@@ -67,7 +66,7 @@ SURE = math.log(2)  # an image of a lower loss keeps its label with a probabilit
 
 def parse_args():
     p = defence_flags(__doc__)
-    source = "given: the attack's training set; clean: the dataset's own; or an .npz with x and y"
+    source = "given: the attack's; clean: the dataset's (no isolated.csv); or an .npz with x and y"
     p.add_argument("--train-set", default="given", help=source)
     share = "p: shares, each with a stage 2 of its own; the last is kept (.01)"
     p.add_argument("--isolation", type=float, nargs="+", default=[0.01], help=share)
@@ -262,8 +261,8 @@ if __name__ == "__main__":
     # ===== Repair =====
     crops, masks = {"pad": spec.pad, "flip": spec.flip}, {}
     models = {"": victim.model, "_stage1": model}
-    suffixes = {share: f"_{share:g}" for share in args.isolation[:-1]} | {args.isolation[-1]: ""}
-    for share, suffix in suffixes.items():
+    suffixes = {s: f"_{s:g}" for s in args.isolation if s != args.isolation[-1]}
+    for share, suffix in [*suffixes.items(), (args.isolation[-1], "")]:
         torch.manual_seed(args.seed)  # the same draws, whatever ran before
         masks[suffix] = isolated = isolate(losses, share)
         count = int(isolated.sum())
@@ -301,7 +300,8 @@ if __name__ == "__main__":
     border = losses[isolated].cpu().numpy()
     draw_losses(folder / "losses.png", {"all images": losses.cpu().numpy()}, border)
     rows = [(k, y_train[k].item(), losses[k].item()) for k in losses.argsort(stable=True).tolist()]
-    write_csv(folder / "isolated.csv", ("image", "label", "loss"), rows[:count])
+    if args.train_set != "clean":  # whose images may be a part of a file's
+        write_csv(folder / "isolated.csv", ("image", "label", "loss"), rows[:count])
     save_repaired(folder, models, victim, args, metrics)
     seconds = time.time() - start
 

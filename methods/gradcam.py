@@ -49,7 +49,7 @@ from common.checkpoint import clear_folder, draw_rows, load_control
 from common.datasets import to_float, to_uint8
 from common.defence import clean_share, defence_flags, evaluate, open_victim, report
 from common.metrics import accuracy, attack_targets, pass_size
-from common.models import in_float32
+from common.models import in_float32, is_map
 
 SHARE = 0.05, 300  # of the training data, and the least number of images
 # the map of each architecture: 7 x 7 to 10 x 10 at 28 or 32 pixels, 6 x 6 of nc_gtsrb_cnn
@@ -80,7 +80,7 @@ def map_layers(model, x):
     sizes, hooks = {}, []
 
     def look(module, inputs, output, name):
-        if isinstance(output, torch.Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
+        if is_map(output, x):
             sizes[name] = tuple(output.shape[2:])
 
     for name, module in model.net.named_modules():

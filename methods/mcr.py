@@ -194,7 +194,7 @@ def point(net, phi, x):
     None if its outputs are not finite.
     """
     net = copy.deepcopy(net)
-    net.load_state_dict(phi, strict=False)  # the buffers stay
+    net.load_state_dict(net.state_dict() | phi)  # the buffers stay
     return frozen(refresh(net, x), to_float(x[:500]))
 
 

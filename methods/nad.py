@@ -59,6 +59,7 @@ from common.defence import (
     report,
     save_repaired,
 )
+from common.models import is_map
 
 SHARE = 0.05, 300  # of the training data, and the least number of images
 BETAS = [500 / 1024, 1000 / 256, 1000 / 64]  # the last belongs to the last block
@@ -100,8 +101,8 @@ BLOCKS = {
 
 
 def keep(seen, name, module, inputs, output):
-    """A forward hook: put a module's output into `seen`."""
-    seen[name] = output
+    """A forward hook: put a module's output into `seen`, as it is before a ReLU in place."""
+    seen[name] = output.clone() if isinstance(output, torch.Tensor) else output
 
 
 def outputs_of(net, names, x):
@@ -123,8 +124,7 @@ def map_sizes(net, x):
     names = [name for name, _ in net.net.named_modules() if name]
     _, seen = outputs_of(net, names, x)
     outputs = {name: seen[name] for name in names if name in seen}
-    maps = {k: v for k, v in outputs.items() if isinstance(v, torch.Tensor) and v.dim() == 4}
-    return {k: tuple(v.shape[2:]) for k, v in maps.items() if v[0, 0].numel() > 1}
+    return {k: tuple(v.shape[2:]) for k, v in outputs.items() if is_map(v, x)}
 
 
 def attention(f):

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import check_positive, check_share, fail, make_folder, saved_figure, written_whole
-from common.checkpoint import clear_folder
+from common.checkpoint import clear_folder, fingerprint
 from common.datasets import kept_back, to_float
 from common.defence import (
     KEPT_BACK,
@@ -294,8 +294,8 @@ if __name__ == "__main__":
     clear_folder(folder)
     draw(folder / "reversed.png", masks, patterns, norms, decision["indices"])
     with written_whole(folder / "reversed.npz") as path:
-        arrays = {"masks": masks.cpu().numpy(), "patterns": patterns.cpu().numpy()}
-        np.savez_compressed(path, **arrays, image=x_clean[0].cpu().numpy())  # to show them on
+        arrays = {"masks": masks.cpu(), "patterns": patterns.cpu(), "image": x_clean[0].cpu()}
+        np.savez_compressed(path, network=fingerprint(model), **arrays)
     save_repaired(folder, models, victim, args, metrics, trigger)
     seconds = time.time() - start
 

@@ -44,7 +44,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, make_folder, saved_figure, written_whole
-from common.checkpoint import clear_folder
+from common.checkpoint import clear_folder, fingerprint
 from common.datasets import kept_back, read_npz, to_float, to_uint8
 from common.defence import (
     KEPT_BACK,
@@ -73,17 +73,19 @@ def parse_args():
     return p.parse_args()
 
 
-def read_reversed(folder, label, data):
+def read_reversed(folder, label, data, model):
     """nc.py's mask 1 x H x W, pattern C x H x W and label: `label`, or the first one it flagged."""
     path, (_, height, width) = folder / "reversed.npz", data.shape
     if not path.is_file():
         fail(f"no such file: {path}, which `python methods/nc.py --ckpt ...` writes")
-    masks, patterns = read_npz(path, ["masks", "patterns"])
+    masks, patterns, network = read_npz(path, ["masks", "patterns", "network"])
     wanted = (data.classes, 1, height, width), (data.classes, *data.shape)
     if (masks.shape, patterns.shape) != wanted:
         fail(f"{path} does not fit {data.name}: masks {masks.shape}, patterns {patterns.shape}")
     if not all(a.dtype == np.float32 and 0 <= a.min() <= a.max() <= 1 for a in (masks, patterns)):
         fail(f"{path} must hold float32 masks and patterns in [0,1]")
+    if network.tolist() != fingerprint(model):
+        fail(f"{path} was reversed from another network: run nc.py on this one")
     if label is None:
         try:
             flagged = [*json.loads((folder / "result.json").read_text())["metrics"]["flagged"]]
@@ -190,7 +192,7 @@ if __name__ == "__main__":
     model, data = victim.model, victim.data
     split = clean_share(args, victim, SHARE)
     source = Path(args.nc or victim.folder / f"nc-s{args.seed}")
-    mask, pattern, label = read_reversed(source, args.label, data)
+    mask, pattern, label = read_reversed(source, args.label, data, model)
     layer = logit_layer(model, to_float(data.x_train[split[:20]]), victim.arch)
     linear, weights = model.get_submodule(layer), model.named_parameters(remove_duplicate=False)
     if type(linear).forward is not torch.nn.Linear.forward:

@@ -54,7 +54,7 @@ from common.checkpoint import clear_folder
 from common.datasets import load_pictures, to_float
 from common.defence import clean_share, defence_flags, open_victim, report
 from common.metrics import accuracy, pass_size, predict
-from common.models import in_float32
+from common.models import in_float32, is_map
 
 SHARE = 0.1, 500  # of the training data, and the least number of images
 FEWEST = 20  # images that a boundary can be fitted to
@@ -87,7 +87,7 @@ def map_layers(model, x):
     sizes, hooks = {}, []
 
     def look(module, inputs, output, name):
-        if isinstance(output, torch.Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
+        if is_map(output, x):
             sizes[name] = tuple(output.shape[2:])
 
     for name, module in model.net.named_modules():

@@ -84,7 +84,7 @@ def stamped(folder, labels):
 
 def draw(path, folder, found):
     """Norms per label of each detector (grey: its search failed), and what it reversed."""
-    import matplotlib.pyplot as plt
+    from matplotlib.image import imread
 
     with saved_figure(path, 2, len(found), figsize=(7 * len(found), 8), squeeze=False) as (_, axes):
         for (name, m), (top, below) in zip(found.items(), axes.T):
@@ -98,7 +98,7 @@ def draw(path, folder, found):
                 names = ", ".join(map(str, shown_labels(m)))
                 below.set_title(f"a clean image, and the triggers of {names} on it")
             else:
-                below.imshow(plt.imread(folder / name / "generated.png"))
+                below.imshow(imread(folder / name / "generated.png"))
             below.axis("off")
 
 
@@ -158,9 +158,12 @@ if __name__ == "__main__":
         start, log = time.time(), folder / f"{detector}.log"
         try:
             found[detector] = run(detector, command, log)
-        except SystemExit as stop:
-            if stop.code == 2 and fresh and not found:
+        except (SystemExit, KeyboardInterrupt) as stop:
+            stopped = isinstance(stop, KeyboardInterrupt)
+            if fresh and not found and (stopped or stop.code == 2):
                 shutil.rmtree(folder)
+            if stopped:
+                sys.exit("interrupted")
             raise
         seconds[detector] = time.time() - start
         print(f"{found[detector]['verdict']} ({seconds[detector]:.0f} s, log: {log})")

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common import datasets, defence  # noqa: E402
-from common.checkpoint import load_model, load_victim, read_checkpoint  # noqa: E402
+from common.checkpoint import fingerprint, load_model, load_victim, read_checkpoint  # noqa: E402
 from common.datasets import load_dataset, to_float  # noqa: E402
 from common.metrics import predict  # noqa: E402
 from common.models import build_model  # noqa: E402
@@ -164,7 +164,8 @@ def whole_image_trigger(victim):
     image, (_, height, width) = found.data.x_test[:1], found.data.shape
     patterns = np.repeat(image.numpy() / np.float32(255), found.data.classes, 0)
     masks = np.ones((found.data.classes, 1, height, width), np.float32)
-    np.savez(victim / "nc-s0" / "reversed.npz", masks=masks, patterns=patterns)
+    arrays = {"masks": masks, "patterns": patterns, "network": fingerprint(found.model)}
+    np.savez(victim / "nc-s0" / "reversed.npz", **arrays)
     return ["--label", predict(found.model, image).item()]
 
 

@@ -632,12 +632,7 @@ def test_cost_on_clean_data(inline, digits, digits_clean, tmp_path, capfd):
     assert metrics["clean_accuracy_repaired"] == pytest.approx(measured)
     assert metrics["isolated"] == 14 and metrics["images"] == 1437
     assert not any("asr" in key or "precision" in key for key in metrics)
-    assert files_below(tmp_path / "out") == [
-        "isolated.csv",
-        "losses.png",
-        "model.pt",
-        "result.json",
-    ]
+    assert files_below(tmp_path / "out") == ["losses.png", "model.pt", "result.json"]
 
 
 def test_defaults_are_the_papers_objective(inline, few, tmp_path):
@@ -730,6 +725,15 @@ def test_bad_flag(inline, one_line, digits_badnets, tmp_path, args, named):
     flags = "--ckpt", digits_badnets, "--out", tmp_path / "out", *SHORT["abl"], *args
     assert named in one_line(inline, "abl", *flags)
     assert files_below(tmp_path) == []
+
+
+def test_a_rate_given_twice_and_the_list_of_the_last(inline, few, tmp_path):
+    """isolated.csv is the last rate's, whatever ran before; a clean set has no list."""
+    flags = *SHORT["abl"], "--isolation", 0.05, 0.2, 0.05
+    _, metrics = repaired_by(inline, few, tmp_path / "twice", *flags)
+    rows = (tmp_path / "twice" / "isolated.csv").read_text().splitlines()
+    assert len(rows) == 1 + metrics["isolated"] == 1 + round(0.05 * FEW)
+    assert metrics["isolated_0.2"] == round(0.2 * FEW)
 
 
 def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path, capfd):

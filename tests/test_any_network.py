@@ -13,9 +13,9 @@ from conftest import SHORT, loaded, result_of, write_npz
 from PIL import Image
 from torch import nn
 
-from common.checkpoint import read_checkpoint, save_model
+from common.checkpoint import fingerprint, read_checkpoint, save_model
 from common.datasets import load_dataset, load_pictures, to_float
-from common.models import Classifier, build_model, logit_layer
+from common.models import Classifier, build_model, is_map, logit_layer
 from methods.blend import picture_pattern
 
 NETS = """
@@ -62,6 +62,40 @@ class TrainRaw(Plain):
 class TrainFeature(Plain):
     def forward(self, x):
         return x.flatten(1) if self.training else super().forward(x)
+
+class Mixed(Plain):
+    def forward(self, x):
+        scores = super().forward(x)
+        return (scores - scores.mean(0)) / (scores - scores.mean(0)).norm(dim=0)
+
+class Dropped(Plain):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.2)
+
+def traced():
+    return torch.jit.trace(ten(), torch.zeros(1, 1, 28, 28))
+
+class Extra(Plain):
+    def get_extra_state(self):
+        return {"made": "here"}
+
+    def set_extra_state(self, state):
+        pass
+
+class Wrapped(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.module = Plain(num_classes)
+
+    def forward(self, x):
+        return self.module(x)
+
+class Double(Plain):
+    def forward(self, x):
+        return super().forward(x.double())
+
+def double(num_classes=10):
+    return Double(num_classes).double()
 
 class Views(nn.Module):
     def __init__(self, num_classes=10):
@@ -163,6 +197,9 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
         ("nets.py:TrainDict", "training mode"),
         ("nets.py:TrainRaw", "training mode"),
         ("nets.py:TrainFeature", "training mode"),
+        ("nets.py:Mixed", "by the batch or by chance"),
+        ("nets.py:Dropped", "by the batch or by chance"),
+        ("nets.py:traced", "plain torch.nn.Module"),
         ("torchvision:nothing", "nothing"),
         ("torchvision:resnet18", "does not fit"),
         (":", "--arch"),
@@ -170,6 +207,20 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
 )
 def test_networks_that_are_none(nets, one_line, arch, named):
     assert named in one_line(loaded, "suspect.pth", arch=arch, dataset="digits")
+
+
+@pytest.mark.parametrize("name", ["Extra", "Wrapped", "double"])
+def test_unusual_networks_that_are_read(nets, name):
+    """State that is no tensor, an attribute called module, and numbers of 64 bits."""
+    prefix, extra = {"Wrapped": ("module.", {}), "Extra": ("", {"_extra_state": {"a": 1}})}.get(
+        name, ("", {})
+    )
+    torch.save({prefix + key: value for key, value in nets.items()} | extra, "own.pth")
+    model = loaded("own.pth", arch=f"nets.py:{name}", dataset="digits").model
+    x = torch.rand(5, 1, 28, 28)
+    expected = F.linear((x.flatten(1) - 0.5) / 0.5, nets["1.weight"], nets["1.bias"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert logit_layer(model, x, name) == f"net.{prefix}1"
 
 
 def test_a_network_of_torchvision(tmp_path):
@@ -622,6 +673,23 @@ def test_a_side_without_a_folder(inline, one_line, nets):
     assert "--image-size" in one_line(inline, "badnets", *flags, "--dataset", "digits")
 
 
+def test_images_of_0_and_1_are_refused(one_line, tmp_path):
+    x, y = np.arange(40 * 64).reshape(40, 8, 8) % 2, np.arange(40) % 4
+    path = str(tmp_path / "own.npz")
+    np.savez(path, x=x.astype(np.uint8), y=y)
+    assert "must hold 0..255" in one_line(load_dataset, path, "data", "cpu")
+    assert "must hold 0..255" in one_line(load_pictures, path, (1, 8, 8))
+
+
+def test_maps_have_the_shape_of_the_images():
+    """Swin's outputs, B x h x w x c, are none."""
+    square, wide = torch.zeros(2, 3, 28, 28), torch.zeros(2, 3, 20, 32)
+    maps = (2, 48, 7, 7), (2, 5, 1, 1), (2, 7, 7, 48), (2, 56, 56, 96), (2, 49, 8)
+    assert [is_map(torch.zeros(shape), square) for shape in maps] == [True] + 4 * [False]
+    assert is_map(torch.zeros(2, 64, 2, 5), wide) and not is_map(torch.zeros(2, 5, 8, 40), wide)
+    assert not is_map((torch.zeros(maps[0]), None), square)
+
+
 def test_suspects_that_are_no_images(nets, inline, one_line, tmp_path, capfd):
     np.savez(tmp_path / "scalar.npz", x=np.uint8(3))
     assert "uint8" in one_line(load_pictures, "scalar.npz", (1, 28, 28))
@@ -679,6 +747,7 @@ def test_a_last_layer_that_is_more_than_its_weight(
         arrays = {
             "masks": np.ones((10, 1, 28, 28), "f4"),
             "patterns": np.zeros((10, 1, 28, 28), "f4"),
+            "network": fingerprint(loaded("victim", arch=arch[1]).model),
         }
         np.savez(tmp_path / "victim" / "nc-s0" / "reversed.npz", **arrays)
         flags = *flags, "--label", 0

@@ -166,6 +166,23 @@ def test_a_refusal_of_the_second_detector_leaves_the_first_one_s_work(monkeypatc
     assert "no memory" in (folder / "generator_reverse.log").read_text()
 
 
+def test_an_interrupt_leaves_nothing_of_a_first_audit(monkeypatch, tmp_path):
+    def run(command, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16") == "interrupted"
+    assert not (tmp_path / "runs" / "audit-suspect").exists()
+
+
+def test_paths_are_the_caller_s(tmp_path):
+    """From another folder: the file there is read, not one of this name beside runs.sh."""
+    (tmp_path / "suspect.pt").write_text("no checkpoint")
+    call = ["bash", ROOT / "runs.sh", "audit", "suspect.pt"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "suspect.pt holds more than tensors" in done.stderr
+
+
 def test_another_suspect_of_the_same_name_is_refused(monkeypatch, tmp_path, capfd):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

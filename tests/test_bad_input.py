@@ -314,6 +314,7 @@ def suspect(tmp_path, untrained):
     checkpoint.save_model(tmp_path / "victim", untrained, data, "mnist_cnn", Namespace(), {})
     (tmp_path / "victim" / "nc-s0").mkdir()  # for nc_mitigate
     reversed_triggers = dict.fromkeys(("masks", "patterns"), np.zeros((10, 1, 28, 28), np.float32))
+    reversed_triggers["network"] = checkpoint.fingerprint(untrained)
     np.savez(tmp_path / "victim" / "nc-s0" / "reversed.npz", **reversed_triggers)
     return tmp_path / "victim" / "model.pt"
 

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, explosive, loaded, result_of, write_npz
+from conftest import ROOT, SHORT, explosive, loaded, result_of, write_npz
+from PIL import Image
 
 from common import checkpoint as ckpt
+from common import saved_figure
 from common.datasets import Dataset, to_float
 from common.defence import report
 from common.metrics import accuracy
@@ -383,3 +386,23 @@ def test_report_names_every_file_that_was_written(tmp_path, capfd):
     report(tmp_path, "nc", Namespace(device="cpu"), {}, 1.0)
     (line,) = re.findall("^written: (.*)$", capfd.readouterr().out, re.M)
     assert line == ", ".join(str(tmp_path / name) for name in names)
+
+
+@pytest.mark.parametrize("script", ["badnets", "strip"])
+def test_the_network_of_somebody_else_is_not_replaced(
+    inline, one_line, digits_badnets, tmp_path, script
+):
+    (tmp_path / "mine").mkdir()
+    torch.save({"weight": torch.ones(3)}, tmp_path / "mine" / "model.pt")
+    flags = ["--ckpt", digits_badnets] if script == "strip" else SHORT[script]
+    assert "name another --out" in one_line(inline, script, *flags, "--out", "mine")
+    assert torch.load(tmp_path / "mine" / "model.pt")["weight"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.drawn
+def test_a_figure_leaves_the_caller_s_backend(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its import would fail
+    with saved_figure(tmp_path / "a.png", figsize=(2, 1)) as (_, axis):
+        axis.plot([1, 2])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > picture.size[1]

@@ -82,6 +82,13 @@ def test_the_ends_are_the_two_networks_after_a_refresh(arch, shape):
 # ===== BatchNorm =====
 
 
+def test_weights_of_another_network_are_no_point():
+    net, x = network(0), noise(30)[0]
+    misnamed = {f"net.{name}": value for name, value in mcr.weights_of(net).items()}
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        mcr.point(net, misnamed, x)
+
+
 @pytest.mark.parametrize("batch_size", [100, 12])  # 30 images: one batch, or 12 + 12 + 6
 def test_refresh_takes_the_statistics_of_all_images(batch_size):
     model, (x, _) = network(0), noise()

@@ -13,6 +13,7 @@ from scipy.signal import convolve2d
 from torch import nn
 
 from common import metrics
+from common.models import build_model
 
 SCALE = 1.4826
 
@@ -411,3 +412,16 @@ def test_psnr_in_parts():
     a, b = (random_images(1100, (1, 4, 4)).flip(k) / 255 for k in ((), (0,)))
     mse = (a.double() - b.double()).square().flatten(1).mean(1).clamp(min=1e-10)
     assert metrics.psnr(a, b) == pytest.approx((-10 * mse.log10()).mean().item(), rel=1e-12)
+
+
+def test_the_simulated_null_does_not_depend_on_its_parts():
+    v = np.random.default_rng(3).standard_normal((500, 12))
+    _, _, p = metrics.outlying(v, 3)
+    assert np.array_equal(metrics.null_p(12, 3, draws=500, seed=3), np.sort(p.min(axis=1)))
+
+
+def test_predict_leaves_a_norm_that_was_frozen_so():
+    model = build_model("wrn16_1", 10, (3, 16, 16), [0.5] * 3, [0.5] * 3).train()
+    model.net.bn1.eval()
+    metrics.predict(model, torch.zeros(3, 3, 16, 16, dtype=torch.uint8))
+    assert model.training and model.net.fc.training and not model.net.bn1.training

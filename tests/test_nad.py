@@ -14,7 +14,7 @@ from test_fine_pruning import random_model
 from test_finetune import load, tuned
 
 from common.datasets import to_float
-from common.models import ARCHITECTURES
+from common.models import ARCHITECTURES, Classifier
 from methods import finetune, nad
 
 MAPS = {  # of the images of random_model: 28 x 28 for the MNIST networks, 32 x 32, 16 x 16 or 8 x 8
@@ -129,6 +129,15 @@ def test_outputs_of_blocks():
     for name in ("block1", "block2", "block3"):
         a = getattr(net, name)(a)
         torch.testing.assert_close(seen[name], a)
+
+
+def test_a_relu_in_place_leaves_the_block_before_it_alone():
+    conv = torch.nn.Conv2d(1, 4, 3)
+    model = Classifier(torch.nn.Sequential(conv, torch.nn.ReLU(inplace=True)), [0.0], [1.0])
+    x = torch.rand(2, 1, 8, 8)
+    _, seen = nad.outputs_of(model, ["0"], x)
+    torch.testing.assert_close(seen["0"], conv(x))
+    assert seen["0"].min() < 0
 
 
 # ===== Training =====

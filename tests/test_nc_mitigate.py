@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import files_below, loaded, result_of, run_inline
+from conftest import SHORT, files_below, loaded, result_of, run_inline
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from common.checkpoint import fingerprint
 from common.datasets import defender_split, to_float
 from common.metrics import accuracy, predict
 from common.models import build_model
@@ -151,7 +152,8 @@ def reversed_trigger(tmp_path_factory, digits_badnets):
     found = nc.reverse_triggers(*given, **settings)
     masks, patterns = np.zeros((10, 1, 28, 28), np.float32), np.zeros((10, 1, 28, 28), np.float32)
     masks[0], patterns[0] = found[0][0], found[1][0]
-    np.savez_compressed(folder / "reversed.npz", masks=masks, patterns=patterns)
+    arrays = {"masks": masks, "patterns": patterns, "network": fingerprint(victim.model)}
+    np.savez_compressed(folder / "reversed.npz", **arrays)
     metrics = {"ckpt": "runs", "metrics": {"flagged": [0, 3]}}
     (folder / "result.json").write_text(json.dumps(metrics))
     return folder
@@ -273,6 +275,26 @@ def test_the_defender_needs_no_triggered_image(
 # ===== Bad input =====
 
 
+def test_another_network_s_trigger_is_refused(
+    inline, one_line, reversed_trigger, digits_badnets, tmp_path
+):
+    """Two files with the names suspect.pt and suspect.pth share a folder."""
+    model = loaded(digits_badnets).model
+    assert fingerprint(model) == fingerprint(loaded(digits_badnets).model)
+    state = {name: value.clone() for name, value in model.net.state_dict().items()}
+    state["linear9.bias"][3] += 1e-3
+    torch.save(state, tmp_path / "suspect.pth")
+    shutil.copytree(reversed_trigger, tmp_path / "suspect" / "nc-s0")
+    flags = "--ckpt", "suspect.pth", "--arch", "mnist_cnn", "--dataset", "digits"
+    assert "another network: run nc.py" in one_line(inline, "nc_mitigate", *flags)
+
+
+def test_nc_says_which_network_it_searched(inline, digits_badnets, tmp_path):
+    inline("nc", "--ckpt", digits_badnets, *SHORT["nc"], "--out", tmp_path / "nc")
+    with np.load(tmp_path / "nc" / "reversed.npz") as archive:
+        assert archive["network"].tolist() == fingerprint(loaded(digits_badnets).model)
+
+
 @pytest.mark.parametrize(
     "args, named",
     [
@@ -326,7 +348,8 @@ def arrays(**replaced):
 )
 def test_bad_folder_of_nc(inline, one_line, digits_badnets, tmp_path, held, result, named):
     (tmp_path / "nc").mkdir()
-    np.savez(tmp_path / "nc" / "reversed.npz", **held)
+    network = fingerprint(loaded(digits_badnets).model)
+    np.savez(tmp_path / "nc" / "reversed.npz", **held, network=network)
     if result is not None:
         (tmp_path / "nc" / "result.json").write_text(result)
     before = files_below(tmp_path)

@@ -40,8 +40,8 @@ def all_found(monkeypatch):
 @every_detector
 def test_checkpoint_folder(inline, all_found, tmp_path, name, digits_badnets, capfd):
     """The verdict, its figures and files; what an earlier run left there is gone."""
-    for stale in ("model.pt", "triggers.png"):
-        (tmp_path / stale).write_text("stale")
+    shutil.copy(digits_badnets / "model.pt", tmp_path)
+    (tmp_path / "triggers.png").write_text("stale")
     before = {path.name: path.read_bytes() for path in digits_badnets.glob("*.*")}
     flags = "--ckpt", digits_badnets, "--out", tmp_path, "--rule", "index", "--threshold", 100
     inline(name, *flags, *SHORT[name])

@@ -94,7 +94,7 @@ def entering(model, layer, x):
 
 
 def is_map(output, x):
-    """Whether an output for images x (B x C x H x W) is a map, B x c x h x w, of their shape."""
+    """Whether an output for images x (B x C x H x W) is B x c x h x w, h w > 1, of their shape."""
     if not isinstance(output, torch.Tensor) or output.dim() != 4 or output[0, 0].numel() < 2:
         return False  # a longer one than the images has its channels last, as Swin's
     return 0.6 < output.shape[2] * x.shape[3] / (output.shape[3] * x.shape[2]) < 1.67

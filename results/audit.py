@@ -4,8 +4,8 @@
 
 Each detector runs as a script of its own, with the flags given here. The verdict over all is by
 Holm's rule for several p-values. Exit code 0: no evidence, 10: backdoored, 11: inconclusive, 2: bad
-input, or a detector refused to go on, 1: a detector crashed. The folder holds the detectors'
-folders, their logs, audit.png and audit.json.
+input, or a detector refused to go on, 1: a detector crashed, 130: interrupted. The folder holds the
+detectors' folders, their logs, audit.png and audit.json.
 """
 
 import argparse
@@ -163,7 +163,8 @@ if __name__ == "__main__":
             if fresh and not found and (stopped or stop.code == 2):
                 shutil.rmtree(folder)
             if stopped:
-                sys.exit("interrupted")
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
             raise
         seconds[detector] = time.time() - start
         print(f"{found[detector]['verdict']} ({seconds[detector]:.0f} s, log: {log})")

@@ -171,7 +171,7 @@ def test_an_interrupt_leaves_nothing_of_a_first_audit(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16") == "interrupted"
+    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16") == 130
     assert not (tmp_path / "runs" / "audit-suspect").exists()
 
 

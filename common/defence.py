@@ -9,7 +9,7 @@ from common import fail, parser, seed
 from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, kept_back, pick_device
 from common.metrics import accuracy, case_of, pass_size
-from common.models import PRECISION, uses_bfloat16
+from common.models import FLOAT32, PRECISION, uses_bfloat16
 
 NOTHING = "nothing is flagged, so nothing is repaired"
 NEAR_CHANCE, POOR = 0.1, 0.5  # of the way from chance to perfect
@@ -45,12 +45,12 @@ def defence_flags(doc, share=None, detector=False):
     return p
 
 
-def open_victim(args):
-    """Seed every random draw and load the checkpoint and its data onto the device."""
+def open_victim(args, kept=FLOAT32):
+    """Seed every draw, load the checkpoint and its data onto the device; see `uses_bfloat16`."""
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     victim = load_victim(args, device)
-    victim.model.bfloat16 = uses_bfloat16(args.precision, victim.arch, device)
+    victim.model.bfloat16 = uses_bfloat16(args.precision, victim.arch, device, kept)
     victim.data.spec = victim.data.spec.of(victim.arch)
     args.precision = "bfloat16" if victim.model.bfloat16 else "float32"
     return victim

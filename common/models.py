@@ -38,18 +38,19 @@ class Classifier(nn.Module):
         return y.clamp_min(1e-30).log() if self.softmax else y
 
 
-GAIN = "auto: bfloat16 on a GPU or a CPU that has it, there not for small networks"
+GAIN = "auto: bfloat16 on a GPU or a CPU that has it, where the network gains by it"
 PRECISION = {"default": "auto", "choices": ["auto", "float32"], "help": GAIN}  # the flag
+FLOAT32 = "mnist_cnn", "mnist_conv5", "mobilenet_v2"  # on a CPU: their training is quick in it
 
 
-def uses_bfloat16(precision, arch, device):
+def uses_bfloat16(precision, arch, device, kept=FLOAT32):
     """Whether --precision makes a network compute in bfloat16: never if it is "float32", else on a
-    GPU or a CPU that has the instructions, on the CPU for the networks that are not small."""
+    GPU or a CPU that has the instructions, on the CPU for those of ours not in `kept`."""
     if precision == "float32":
         return False
     if device.type == "cuda":  # older ones only emulate it
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return arch in ARCHITECTURES and arch not in FLOAT32 and torch.cpu._is_avx512_bf16_supported()
+    return arch in ARCHITECTURES and arch not in kept and torch.cpu._is_avx512_bf16_supported()
 
 
 @contextlib.contextmanager
@@ -428,7 +429,6 @@ def residual(block, stem, widths, depths, norm):
 
 
 FOUR = (64, 128, 256, 512)
-FLOAT32 = "mnist_cnn", "mnist_conv5", "mobilenet_v2"  # on a CPU: quick enough without it
 ARCHITECTURES = {
     "mnist_cnn": MNISTNet,
     "mnist_conv5": MNISTConv5,

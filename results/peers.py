@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from common import fail
 from common.datasets import SPECS, to_float
-from common.models import build_model, uses_bfloat16
+from common.models import FLOAT32, build_model, uses_bfloat16
 from methods import nc, strip
 from results.bench import medians
 
@@ -60,11 +60,11 @@ def definitions(path, names, **given):
     return space
 
 
-def networks(arch, dataset, device):
+def networks(arch, dataset, device, kept=FLOAT32):
     """Our classifier with fresh weights, and its bare network as their code calls it."""
     spec, shape = SPECS[dataset], (3, 32, 32) if dataset == "cifar10" else (1, 28, 28)
     model = build_model(arch, 10, shape, spec.mean, spec.std).to(device)
-    model.eval().requires_grad_(False).bfloat16 = uses_bfloat16("auto", arch, device)
+    model.eval().requires_grad_(False).bfloat16 = uses_bfloat16("auto", arch, device, kept)
     bare = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)
     return model, bare, shape
 
@@ -146,7 +146,7 @@ def whole_search(folder, victim, device):
 def superimposed(folder, device, repeats, overlays=100):
     """The rows of STRIP: all overlays on all inputs of a batch."""
     for arch, dataset, count in SUPERIMPOSED:
-        model, bare, shape = networks(arch, dataset, device)
+        model, bare, shape = networks(arch, dataset, device, strip.FLOAT32)
         options = argparse.Namespace(device=device)
         check = definitions(folder / "detection_infer/strip.py", ["STRIP"], args=options)["STRIP"]
         x = torch.randint(256, (count + overlays, *shape), device=device).to(torch.uint8)

@@ -12,7 +12,7 @@ from conftest import SHORT, random_images, result_of, whole_image_trigger, write
 from common.checkpoint import load_model, read_checkpoint
 from common.metrics import mean_entering, predict
 from common.models import build_model, in_float32, logit_layer, uses_bfloat16
-from methods import fine_pruning, invisible, latent, pruning_aware, trojannn
+from methods import fine_pruning, invisible, latent, pruning_aware, strip, trojannn
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -49,6 +49,10 @@ def test_who_uses_it(has, native, monkeypatch):
         assert not uses_bfloat16("float32", arch, CPU) and uses_bfloat16("auto", arch, GPU)
     for arch in ("mnist_cnn", "mnist_conv5", "own.py:net", "torchvision:resnet18"):
         assert not uses_bfloat16("auto", arch, CPU) and uses_bfloat16("auto", arch, GPU)
+    for arch in ("mnist_cnn", "mnist_conv5"):  # STRIP's long passes alone
+        assert uses_bfloat16("auto", arch, CPU, strip.FLOAT32) == native
+        assert not uses_bfloat16("float32", arch, CPU, strip.FLOAT32)
+    assert not uses_bfloat16("auto", "mobilenet_v2", CPU, strip.FLOAT32)
     assert not uses_bfloat16("float32", "own.py:net", GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not uses_bfloat16("auto", "wrn16_1", GPU)  # it would only be emulated
@@ -141,3 +145,11 @@ def test_scripts(has, inline, unread, tmp_path):
             more = whole_image_trigger(tmp_path / "half")
         ran = inline(name, "--ckpt", "half", *SHORT[name], *more)
         assert ran["args"].precision == "bfloat16" and ran["victim"].model.bfloat16, name
+
+
+def test_of_the_defences_only_strip_takes_it_for_a_small_network(has, inline, digits_badnets):
+    has(True)
+    short = "--overlays", 5, "--inputs", 10, "--fit-images", 10
+    for name, more, half in (("strip", short, True), ("finetune", SHORT["finetune"], False)):
+        ran = inline(name, "--ckpt", digits_badnets, "--out", name, *more)
+        assert ran["victim"].arch == "mnist_cnn" and ran["victim"].model.bfloat16 == half

@@ -334,6 +334,7 @@ def test_suspects_are_judged_one_by_one(inline, tmp_path, digits_badnets, capfd,
     levels = [(1 + sum(fit <= float(row[1]))) / (1 + len(fit)) for row in rows[1:]]
     np.testing.assert_allclose([float(row[2]) for row in rows[1:]], levels)
     assert max(levels[:4]) < 0.05 < max(levels[4:])
+    model.bfloat16 = ran["args"].precision == "bfloat16"
     h = strip.entropies(model, torch.from_numpy(x).permute(0, 3, 1, 2), ran["overlays"],
                         blend="add", batch_size=200)  # fmt: skip
     np.testing.assert_allclose([float(row[1]) for row in rows[1:]], h, atol=1e-5)

@@ -140,10 +140,7 @@ def check_own(folder):
 
 
 def clear_folder(folder):
-    """Remove what an earlier run left in `folder`, before the new run's files are written.
-
-    With it go the results of the defences whose checkpoint it was.
-    """
+    """Remove what an earlier run left in `folder`, and the results of defences of its model.pt."""
     folder = Path(folder)
     for part in PARTS:
         (folder / part).unlink(missing_ok=True)
@@ -217,11 +214,7 @@ def check_entries(checkpoint, path):
 
 
 def load_model(checkpoint, path, device, arch=None):
-    """Build the model of one of our checkpoints; a misfit fails.
-
-    A network from a user's FILE.py is only made where `arch` names it: a checkpoint alone runs no
-    code.
-    """
+    """The model of one of our checkpoints; a user's FILE.py runs only where `arch` names it."""
     source = str(checkpoint["arch"]).rpartition(":")[0]
     if source not in ("", "torchvision") and checkpoint["arch"] != arch:
         fail(f"{path} needs code of yours: pass --arch {checkpoint['arch']} to run it")
@@ -382,7 +375,7 @@ def form(y):
 
 @torch.no_grad()
 def check_outputs(model, data, arch):
-    """Fail unless the network gives a score per image and class; see whether it ends in softmax."""
+    """Fail unless it gives scores by image and class, and gradients; see if it ends in softmax."""
     x = to_float(data.x_train[:100])
     try:
         one, y, again, normal = model(x[:1]), model(x), model(x), (x[:8] - model.mean) / model.std
@@ -401,6 +394,12 @@ def check_outputs(model, data, arch):
         fail(f"{arch} answers the same image in another way by the batch or by chance: {why}")
     if held != trained:
         fail(f"{arch} gives outputs of another form in training mode: how many, or a softmax")
+    try:
+        with torch.enable_grad():
+            model(x[:1].clone().requires_grad_()).sum().backward()
+        model(x[:1])  # an activation that it keeps must not hold the gradient's graph
+    except Exception as error:
+        fail(f"{arch} gives no gradient for its images, as under no_grad: {error}")
     model.softmax = held[-1]
     if model.softmax:
         print(f"{arch} ends in a softmax: its logarithm is taken for the logits")

@@ -1,6 +1,7 @@
 """Networks and images that this project did not make: FILE.py:NAME, folders, public files."""
 
 import argparse
+import copy
 import os
 import struct
 import zlib
@@ -71,6 +72,16 @@ class Mixed(Plain):
 class Dropped(Plain):
     def forward(self, x):
         return nn.functional.dropout(super().forward(x), 0.2)
+
+class Inference(Plain):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+class Keeps(Plain):
+    def forward(self, x):
+        self.scores = super().forward(x)
+        return self.scores
 
 def traced():
     return torch.jit.trace(ten(), torch.zeros(1, 1, 28, 28))
@@ -199,6 +210,7 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
         ("nets.py:TrainFeature", "training mode"),
         ("nets.py:Mixed", "by the batch or by chance"),
         ("nets.py:Dropped", "by the batch or by chance"),
+        ("nets.py:Inference", "no gradient"),
         ("nets.py:traced", "plain torch.nn.Module"),
         ("torchvision:nothing", "nothing"),
         ("torchvision:resnet18", "does not fit"),
@@ -209,15 +221,15 @@ def test_networks_that_are_none(nets, one_line, arch, named):
     assert named in one_line(loaded, "suspect.pth", arch=arch, dataset="digits")
 
 
-@pytest.mark.parametrize("name", ["Extra", "Wrapped", "double"])
+@pytest.mark.parametrize("name", ["Extra", "Wrapped", "double", "Keeps"])
 def test_unusual_networks_that_are_read(nets, name):
-    """State that is no tensor, an attribute called module, and numbers of 64 bits."""
+    """State that is no tensor, an attribute called module, 64 bits, an activation that is kept."""
     prefix, extra = {"Wrapped": ("module.", {}), "Extra": ("", {"_extra_state": {"a": 1}})}.get(
         name, ("", {})
     )
     torch.save({prefix + key: value for key, value in nets.items()} | extra, "own.pth")
     model = loaded("own.pth", arch=f"nets.py:{name}", dataset="digits").model
-    x = torch.rand(5, 1, 28, 28)
+    model, x = copy.deepcopy(model), torch.rand(5, 1, 28, 28)
     expected = F.linear((x.flatten(1) - 0.5) / 0.5, nets["1.weight"], nets["1.bias"])
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert logit_layer(model, x, name) == f"net.{prefix}1"

@@ -30,7 +30,9 @@ usage: bash runs.sh COMMAND
   generators      more of the paper on reversed generators: LPIPS, lambda_1, rates of the repair
   gpu [ARGS]      the papers' networks on CIFAR-10 and GTSRB (needs a GPU; ARGS go to
                   generator_reverse)
-  bench [DATASET] speed in ratios and seconds: results/speed.md (default: digits)
+  bench [DATASET] [FLAGS]
+                  speed in ratios and seconds: results/speed.md (default: digits; FLAGS go to
+                  results/bench.py: --backdoorbench CLONE, --search VICTIM, --whole FOLDERS)
   setup           only make the environment
 
 The groups of runs, from digits to gpu, take --list (print their commands and stop), --jobs N (so
@@ -679,9 +681,10 @@ public_tables() {
 }
 
 bench() {
-  local dataset=${1:-digits} out=runs/bench
+  local dataset=digits out=runs/bench
+  [[ ${1:--} == -* ]] || { dataset=$1 && shift; }
   run badnets --dataset "$dataset" --epochs 5 --out "$out/victim"
-  python results/bench.py "$out/victim"
+  python results/bench.py "$out/victim" "$@"
 }
 
 case "${1:-}" in

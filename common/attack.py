@@ -20,7 +20,7 @@ def attack_flags(doc, target=True):
     p.add_argument("--dataset", default="digits", help=known)
     p.add_argument("--data-dir", default="data", help="where <dataset>.npz lies or is cached")
     p.add_argument("--image-size", type=int, help="side of a folder's images (default: 32)")
-    p.add_argument("--arch", help="a network of common/models.py (default: the dataset's)")
+    p.add_argument("--arch", help="name, torchvision:NAME or FILE.py:NAME (default: the dataset's)")
     p.add_argument("--epochs", type=int, help="training epochs (default: the recipe's, or twice)")
     p.add_argument("--batch-size", type=int, default=128, help="images per step")
     p.add_argument("--lr", type=float, help="peak of the one-cycle rate (default: the recipe's)")

@@ -84,7 +84,8 @@ COMMIT = code_commit()  # of the code that was read, whatever is committed while
 
 def save_result(folder, script, args, seconds, metrics, device):
     """Write result.json and print the RESULT line."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs"
+    name = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     result = {
         "script": script,
         "arguments": vars(args),

@@ -24,7 +24,7 @@ def defence_flags(doc, share=None, detector=False):
     """
     p = parser(doc)
     p.add_argument("--ckpt", required=True, help="checkpoint folder, model.pt or bare state dict")
-    p.add_argument("--arch", help="architecture of a bare state dict")
+    p.add_argument("--arch", help="of a bare state dict: name, torchvision:NAME, FILE.py:NAME")
     p.add_argument("--dataset", help="dataset of a bare state dict, or the path of its images")
     p.add_argument("--classes", type=int, help="of a bare state dict (default: the labels')")
     p.add_argument("--image-size", type=int, help="side of a folder's images (default: 32)")

@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         return y.clamp_min(1e-30).log() if self.softmax else y
 
 
-GAIN = "auto: bfloat16 on a GPU or a CPU that has it, where the network gains by it"
+GAIN = "auto: bfloat16 on a GPU or, where our networks gain by it, on a CPU that has it"
 PRECISION = {"default": "auto", "choices": ["auto", "float32"], "help": GAIN}  # the flag
 FLOAT32 = "mnist_cnn", "mnist_conv5", "mobilenet_v2"  # on a CPU: their training is quick in it
 

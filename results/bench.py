@@ -1,8 +1,9 @@
-"""Speed: folded against label by label, bfloat16 against float32, throughputs beside the bare net.
+"""Speed: the fast path against the plain one, folded labels, throughputs beside the bare network.
 
     python results/bench.py runs/bench/victim     # write results/speed.md
     python results/bench.py runs/bench/victim --backdoorbench CLONE     # beside its code, too
     python results/bench.py ... --search runs/cifar10-wrn16_1-badnets-s1    # over a whole search
+    python results/bench.py ... --whole runs/cifar10-airbench-clean-s0/nc-s0    # their own times
 
 `bash runs.sh bench` trains that victim. What is compared runs in alternation, and medians are kept.
 """
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import io
+import json
 import os
 import statistics
 import subprocess
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, written_whole
-from common.checkpoint import load_victim
+from common.checkpoint import load_victim, read_checkpoint
 from common.datasets import RECIPES, pick_device, to_float
 from common.metrics import predict, verdict
 from common.models import UNet, build_model, uses_bfloat16
@@ -50,14 +52,15 @@ FLAGS = "avx2", "avx512f", "avx512_bf16", "amx_bf16"  # of a CPU, what its speed
 TEXT = """# Speed
 
 `bash runs.sh bench` writes this page. The machine: {machine}, {threads} threads.
-What a row compares was run in alternation, and the figures are medians. A ratio is the first of the
-two times over the second.
+What a row compares was run in alternation, and the figures are medians, but for whole searches,
+which were run once. A ratio is the first of the two times over the second.
 
-## bfloat16 against float32
+## The fast path
 
-An epoch is estimated from {steps} steps of 128 images. A search step goes over all labels of the
-data set, with 32 images each. `--precision auto` takes bfloat16 where the CPU has it,
-but for MNIST's small networks; they have no ratio."""
+"plain" is float32 with plain strides. "by default" is what the scripts do: channels_last, and
+bfloat16 where the processor has it, but for the training and the searches of the smallest networks.
+An epoch is estimated from {steps} steps of 128 images; `nc.py` takes 8 such steps of a search
+before each change of its weight."""
 REPAIRS = """A try of each repair by training, estimated from an epoch on 256 images. `nad.py`,
 `mcr.py` and `fine_pruning.py` try again at half the rate where it costs more than 5 points on
 images kept back. `abl.py` trains a new network on the whole training set."""
@@ -123,21 +126,12 @@ def folding(victim, device, repeats, images=400, steps=20):
         yield [*row, f"{fast:.1f} s ({at_once})", same, f"{gap:.0e}"]
 
 
-def precisions(arch, name, device, repeats, images=128):
-    """Rows: seconds of bfloat16 against float32, in an epoch and in a step of both searches.
-
-    The network has fresh weights, and the images are noise. Of float32 alone where it stays in it.
-    """
-    halves = (False, True) if uses_bfloat16("auto", arch, device) else (False,)
-    classes, count, shape = SETS[name]
-    mean = (0.5,) * shape[0]
-    model = build_model(arch, classes, shape, mean, mean).to(device)
+def steps_of(model, x, y, classes):
+    """{what: a call}: a step of training, and of both searches, on the images x, for all labels."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    x = torch.rand(images, *shape, device=device)
-    y = torch.arange(images, device=device) % classes
     pairs = torch.arange(classes).split(2)  # two labels at a time, as on a CPU
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
-    origin = UNet(shape[0], 8).to(device)
+    origin = UNet(x.shape[1], 8).to(x.device)
 
     def training():
         model.train().requires_grad_(True)
@@ -156,24 +150,35 @@ def precisions(arch, name, device, repeats, images=128):
         model.eval().requires_grad_(False)
         settings = {"steps": 1, "lr": 1e-3}
         for pair in pairs:
-            lambda1 = torch.full((len(pair),), 0.1, device=device)
+            lambda1 = torch.full((len(pair),), 0.1, device=x.device)
             generator_reverse.train_generators(
                 model, origin, x, y, pair.tolist(), lambda1=lambda1, **settings, **recipe
             )
 
-    epoch = count / images
-    parts = [("training, an epoch", training, epoch), ("nc, a step", triggers, 1)]
-    for what, call, times in (*parts, ("generator_reverse, a step", generators, 1)):
+    return {"training": training, "nc": triggers, "generator_reverse": generators}
 
-        def run(half, call=call):
-            model.bfloat16 = half
-            call()
 
-        calls = {half: lambda half=half: run(half) for half in halves}
-        seconds = [times * s for s in medians(calls, device, repeats).values()]
-        ends = [f"{s:.1f} s" for s in seconds] + [DASH] * (2 - len(seconds))
-        ratio = f"{seconds[0] / seconds[1]:.2f}" if len(seconds) == 2 else DASH
-        yield [what, f"{arch} on {name}", ratio, *ends]
+def fast_path(arch, name, device, repeats, images=128):
+    """Rows: seconds of float32 with plain strides, and of what the scripts do by default.
+
+    The network has fresh weights, and the images are noise.
+    """
+    classes, count, shape = SETS[name]
+    mean = (0.5,) * shape[0]
+    fast = build_model(arch, classes, shape, mean, mean).to(device)
+    plain = copy.deepcopy(fast).to(memory_format=torch.contiguous_format)
+    fast.bfloat16 = uses_bfloat16("auto", arch, device)
+    x = torch.rand(images, *shape, device=device)
+    y = torch.arange(images, device=device) % classes
+    calls = [steps_of(model, x, y, classes) for model in (plain, fast)]
+    parts = {"training": ("an epoch", count / images)}
+    parts |= dict.fromkeys(["nc", "generator_reverse"], ("a step of 32 images for each label", 1))
+    for what, (part, times) in parts.items():
+        taken = medians({k: steps[what] for k, steps in enumerate(calls)}, device, repeats)
+        slow, quick = (times * seconds for seconds in taken.values())
+        kind = "bfloat16" if fast.bfloat16 else "float32"
+        row = [f"{what}, {part}", f"{arch} on {name}", f"{slow / quick:.2f}"]
+        yield [*row, f"{slow:.2f} s", f"{quick:.2f} s ({kind})"]
 
 
 @torch.no_grad()
@@ -272,6 +277,16 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
         yield [what, f"{arch} on CIFAR-10", f"{seconds / 60:.1f} min"]
 
 
+def whole_runs(folders):
+    """Rows: minutes of finished runs of the defences, from the start of a script to its end."""
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        victim = read_checkpoint(Path(result["arguments"]["ckpt"]) / "model.pt")
+        where = f"{victim['arch']} on {victim['dataset']}, {victim['classes']} labels"
+        minutes = f"{result['seconds'] / 60:.1f} min"
+        yield [f"{result['script']}.py", where, minutes, result["device"]]
+
+
 def start_up(repeats):
     """Median seconds from the start of clean.py on digits to the end of its first step."""
     seconds = []
@@ -311,9 +326,15 @@ if __name__ == "__main__":
     p.add_argument(
         "--backdoorbench", help="a clone of BackdoorBench, whose code is run beside ours"
     )
+    p.add_argument(
+        "--whole", type=Path, nargs="+", default=[], help="folders of defences whose times to print"
+    )
     p.add_argument("--search", type=Path, help="a CIFAR-10 victim that both search to their end")
     p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
     args = p.parse_args()
+    for folder in args.whole:
+        if not (folder / "result.json").is_file():
+            fail(f"--whole {folder}: it holds no result.json of a run")
     device = pick_device("auto")
     absent = dict.fromkeys(["arch", "dataset", "mean", "std", "out", "classes", "image_size"])
     victim, searched = (
@@ -325,14 +346,14 @@ if __name__ == "__main__":
     if searched and (searched.data.name != "cifar10" or searched.y_target is None):
         fail(f"--search {args.search}: it must be the folder of an attack on CIFAR-10")
     seconds = start_up(max(1, args.repeats // 2))
-    halves = [row for pair in NETWORKS for row in precisions(*pair, device, args.repeats)]
+    paths = [row for pair in NETWORKS for row in fast_path(*pair, device, args.repeats)]
     folded = list(folding(victim, device, max(1, args.repeats // 2)))
     passes = list(throughputs(victim, device, args.repeats))
     mended = list(repairs(device, max(1, args.repeats // 2)))
     names = {"machine": machine(device), "threads": torch.get_num_threads()}
     head = ["what", "network and data", "ratio"]
     parts = [TEXT.format(**names, steps=args.repeats)]
-    parts += [markdown([*head, "float32", "bfloat16"], halves)]
+    parts += [markdown([*head, "plain", "by default"], paths)]
     parts += ["## Labels one at a time against folded"]
     ends = ["one at a time", "folded (labels at once)", "verdict", "largest difference of a norm"]
     parts += [markdown([*head, *ends], folded)]
@@ -345,6 +366,11 @@ if __name__ == "__main__":
         beside = peers.rows(args.backdoorbench, searched, device, args.repeats)
         table = markdown([*head, "theirs", "ours"], beside)
         parts += ["## Beside BackdoorBench", peers.TEXT, table]
+    if args.whole:
+        rows = markdown(
+            ["what", "network and data", "time", "device"], list(whole_runs(args.whole))
+        )
+        parts += ["## Whole runs", "The search for every label, and the repair.", rows]
     step = f"From the start of a script on digits to the end of its first step: {seconds:.1f} s."
     page = "\n\n".join([*parts, "## Start", step]) + "\n"
     with written_whole(HERE / "speed.md") as temporary:

@@ -16,14 +16,14 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import fail, saved_figure
-from common.metrics import verdict
+from common.metrics import SMALLEST_NORM, outlying, verdict
 
 HERE = Path(__file__).resolve().parent
 COLOUR = "cifar10", "gtsrb", "lecture"
 ALPHA, INDEX = 0.05, 2.0
 FEWEST = 5  # networks that a curve is drawn for
-SCORES = {"p": lambda v: -v["p_value"], "index": lambda v: v["index"]}  # high: suspicious
-SCORES |= {"ratio": lambda v: -v["ratio"]}
+SCORES = {"p": lambda v: -v["p_value"], "log t": lambda v: v["t"]}  # high: suspicious
+SCORES |= {"index": lambda v: v["index"], "ratio": lambda v: -v["ratio"]}
 HEAD = ["data", "network", "detector", "models", "n", "p < .05", "index > 2", "inconclusive"]
 HEAD += [f"AUROC {name}" for name in SCORES]
 TEXT = """## Level and power of the verdict
@@ -50,9 +50,16 @@ def missed_goal(m):
 
 
 def stored_verdict(m):
-    """Today's verdict on the norms among a run's metrics `m`, inconclusive as in report_verdict."""
+    """Today's verdict on the norms among a run's metrics `m`, inconclusive as in report_verdict.
+
+    `t` is Grubbs' on the logarithms, of the norm that is furthest from the others.
+    """
     norms = np.array(m["norms"], dtype=float)
-    v = verdict(norms, m.get("found", np.array(m.get("asrs", norms + 1)) >= 0.8), INDEX, ALPHA)
+    found = np.array(m.get("found", np.array(m.get("asrs", norms + 1)) >= 0.8))
+    v = verdict(norms, found, INDEX, ALPHA)
+    if v["conclusive"]:
+        _, t, _ = outlying(np.log(np.maximum(norms[found], SMALLEST_NORM))[None], 1)
+        v["t"] = abs(t[0, 0])
     if missed_goal(m) and not v["below"] + v["above"]:
         v |= {"conclusive": False, "flagged_by_index": []}
     return v
@@ -79,10 +86,15 @@ def population(files):
     return files.get("level", []) + once
 
 
+def interval(count, n):
+    """The exact binomial interval of a share, at 95 %."""
+    return binomtest(count, n).proportion_ci(0.95, "exact")
+
+
 def share(count, n):
-    """'count (low to high %)': the exact binomial interval of a share, at 95 %."""
-    interval = binomtest(count, n).proportion_ci(0.95, "exact")
-    return f"{count} ({100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
+    """'count (low to high %)'."""
+    low, high = interval(count, n)
+    return f"{count} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def flagged(answers, rule):
@@ -103,6 +115,25 @@ def auroc(score, clean, attacked):
     return float(roc_auc_score(labels, np.nan_to_num(np.concatenate(values), posinf=1e9)))
 
 
+def level_held(groups):
+    """A sentence: where the p-value does not hold its level on clean networks, and the sides."""
+    clean = {k: [v for v, _ in answers] for k, answers in groups.items() if k[3] == "clean"}
+    alarms = {k: [v for v in found if v["below"] + v["above"]] for k, found in clean.items()}
+    off = [
+        f"{script} on {arch}, {data}"
+        for (data, arch, script, _), found in sorted(alarms.items())
+        for low, high in [interval(len(found), len(clean[data, arch, script, "clean"]))]
+        if not low <= ALPHA <= high
+    ]
+    where = f"does not hold 5 % for {'; '.join(off)}" if off else "holds 5 % in each"
+    above = sum(bool(v["above"]) for found in alarms.values() for v in found)
+    count = sum(map(len, alarms.values()))
+    return (
+        f"The interval of the clean rows {where}. Of {count} false alarms in all, {above} are of "
+        "a norm above the others, which no repair follows."
+    )
+
+
 def section(entries):
     """The table in Markdown with its text; '' without entries."""
     groups, rows = decisions(entries), []
@@ -114,7 +145,7 @@ def section(entries):
         found = [auroc(score, clean, answers) for score in SCORES.values()]
         found = ["–" if attack == "clean" or np.isnan(a) else f"{a:.3f}" for a in found]
         rows.append([*key, str(len(answers)), *cells, unsure, *found])
-    return f"{TEXT}\n\n{markdown(HEAD, rows)}" if rows else ""
+    return f"{TEXT}\n\n{markdown(HEAD, rows)}\n\n{level_held(groups)}" if rows else ""
 
 
 def draw(path, entries):

@@ -34,7 +34,7 @@ CNN = "--arch results/public.py:SmallCNN --dataset cifar10 --mean .5 .5 .5 --std
 DIGITS = "--arch results/public.py:SmallCNN1 --dataset mnist --mean .5 --std .5"
 OWN = {("nad", VGG): "--blocks features.5 features.13 features.21"}
 OWN |= {("nad", cnn): "--blocks conv1 conv2" for cnn in (CNN, DIGITS)}
-HEAD = ["file", "target", "clean", "ASR", "script", "named", "p", "index"]
+HEAD = ["file", "target", "clean", "ASR", "script", "verdict", "named", "p", "index"]
 HEAD += ["clean after", "ASR after"]
 FORMS = {"p_value": ".3g", "index": ".2f"}
 FORMS |= {"clean_accuracy_repaired": ".2f", "asr_repaired": ".2f"}
@@ -42,15 +42,15 @@ TEXT = """## Public checkpoints
 
 Networks that others trained and published, audited by flags alone, with the scripts' defaults and
 one seed. "clean" and "ASR" are measured here on all test images and on those outside the target
-class, with the trigger that the authors describe. The authors' own figures stand in brackets; NAD's
-and ABL's leave the target class out of the clean images, too. "named" are the labels that the
-p-value names, below or above the others. The two detectors try to repair networks with a label
-below, the other scripts every network, but some of these repairs are not made yet. The figures
-after a repair are those of the file that was saved; a dash after it says that nothing was named
-below, or that every repair diverged or cost more than 5 points on images that were kept back, so
-that none was saved. These come from CIFAR-10's and MNIST's training sets, on which the networks are
-better than on new images (NAD's S: 98.2 and 84.8), so that they seem to cost more than they do and
-plain fine-tuning gets a small rate. `bash runs.sh public FOLDER` makes the table."""
+class, with the trigger that the authors describe. The authors' own figures stand in brackets where
+they give them; NAD's and ABL's leave the target class out of the clean images, too. "named" are the
+labels that the p-value names, below or above the others. The two detectors try to repair networks
+with a label below, the other scripts every network, but some of these repairs are not made yet. The
+figures after a repair are those of the file that was saved; a dash after it says that nothing was
+named below, or that every repair diverged or cost more than 5 points on images that were kept back,
+so that none was saved. These come from CIFAR-10's and MNIST's training sets, on which the networks
+are better than on new images (NAD's S: 98.2 and 84.8), so that they seem to cost more than they do
+and plain fine-tuning gets a small rate. `bash runs.sh public FOLDER` makes the table."""
 MISSED = "†: the generators' pre-training missed its goal: that they name nothing says nothing."
 
 
@@ -207,7 +207,8 @@ def section(entries, authors):
         for key in ("clean_accuracy", "asr"):
             cells.append(f"{m[key]:.2f}" + (f" ({theirs[key]:.2f})" if key in theirs else ""))
         named = [f"{label} {side}" for side in ("below", "above") for label in m.get(side, [])]
-        cells += [entry["script"] + "†" * missed_goal(m), ", ".join(named) or "–"]
+        cells += [entry["script"] + "†" * missed_goal(m), m.get("verdict", "–")]
+        cells += [", ".join(named) or "–"]
         for key, form in FORMS.items():
             cells.append("–" if m.get(key) is None else f"{m[key]:{form}}")
         rows.append(cells)

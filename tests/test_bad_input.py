@@ -347,6 +347,7 @@ OTHER_WORDS = {"--repair-fraction": "share", "1e30": "diverged", 0.0001: "kept b
             for case in each("nc generator_reverse", flag, value)
         ),
         *each("nc generator_reverse", "--device", "abacus"),
+        *each("nc generator_reverse", "--rule", "x"),
         *each("nc generator_reverse", "--out", "victim"),  # its files would be replaced
         *each("nc generator_reverse", "--out", "victim/model.pt"),
         *each("nc generator_reverse", "--out", "victim/model.pt/below"),

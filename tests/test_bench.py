@@ -1,9 +1,12 @@
 """results/bench.py: it runs to its end; the verdicts of labels alone and of folded ones agree."""
 
+import os
 import re
+import runpy
 
+import pytest
 import torch
-from conftest import loaded
+from conftest import ROOT, loaded
 
 from results import bench
 
@@ -31,13 +34,15 @@ def test_folding_and_throughputs(digits_badnets):
     assert int(re.search(r"best batch \((\d+)\)$", passes[0][1])[1]) in bench.BATCHES
 
 
-def test_precisions(monkeypatch):
-    """Both precisions are really run, where the processor has bfloat16; the ratio is theirs."""
-    seen = set()
+@pytest.mark.parametrize("native", [True, False])
+def test_fast_path(monkeypatch, native):
+    """The plain path and the default one are really run; the ratio is theirs."""
+    seen = []
     forward = bench.build_model("wrn16_1", 10, (3, 32, 32), (0,) * 3, (1,) * 3).__class__.forward
 
     def watched(model, x):
-        seen.add(model.bfloat16)
+        weight = next(w for w in model.parameters() if w.dim() == 4 and w.shape[1] > 1)
+        seen.append((model.bfloat16, weight.is_contiguous(memory_format=torch.channels_last)))
         return forward(model, x)
 
     monkeypatch.setattr("common.models.Classifier.forward", watched)
@@ -45,17 +50,35 @@ def test_precisions(monkeypatch):
     monkeypatch.setattr(
         bench, "medians", lambda calls, *_: {k: 2 - k + 0 * bool(c()) for k, c in calls.items()}
     )
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    cpu = torch.device("cpu")
-    rows = list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8))
-    assert [row[2:] for row in rows] == [["–", "20.0 s", "–"]] + [["–", "2.0 s", "–"]] * 2
-    assert seen == {False}
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    rows = list(bench.precisions("wrn16_1", "GTSRB", cpu, 1, images=8))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    rows = list(bench.fast_path("wrn16_1", "GTSRB", torch.device("cpu"), 1, images=8))
     assert [row[0].split(",")[0] for row in rows] == ["training", "nc", "generator_reverse"]
-    assert rows[0][1:] == ["wrn16_1 on GTSRB", "2.00", "20.0 s", "10.0 s"]  # 10 steps an epoch
-    assert [row[2:] for row in rows[1:]] == [["2.00", "2.0 s", "1.0 s"]] * 2
-    assert seen == {True, False}
+    kind = "bfloat16" if native else "float32"
+    assert rows[0][1:] == ["wrn16_1 on GTSRB", "2.00", "20.00 s", f"10.00 s ({kind})"]
+    assert [row[2:] for row in rows[1:]] == [["2.00", "2.00 s", f"1.00 s ({kind})"]] * 2
+    assert {*seen} == {(False, False), (native, True)}
+
+
+def test_whole_runs(inline, tmp_path, digits_badnets):
+    ran = inline(
+        "strip", "--ckpt", digits_badnets, "--inputs", 10, "--fit-images", 10, "--out", "s"
+    )
+    (row,) = bench.whole_runs([tmp_path / "s"])
+    threads = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    minutes = f"{ran['seconds'] / 60:.1f} min"
+    assert row == ["strip.py", "mnist_cnn on digits, 10 labels", minutes, threads]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [(["--whole", "nowhere"], "no result.json"), (["--search", "VICTIM"], "CIFAR-10")],
+)
+def test_bad_input_is_one_line(monkeypatch, one_line, digits_badnets, flags, named):
+    """Before anything is timed."""
+    flags = [str(digits_badnets) if flag == "VICTIM" else flag for flag in flags]
+    monkeypatch.setattr("sys.argv", ["bench.py", str(digits_badnets), *flags])
+    path = ROOT / "results" / "bench.py"
+    assert named in one_line(runpy.run_path, str(path), run_name="__main__")
 
 
 def test_repairs(monkeypatch, capfd):

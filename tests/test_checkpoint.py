@@ -95,7 +95,8 @@ def test_result_file_has_every_printed_figure(folder):
         assert float(printed[key]) == pytest.approx(value, rel=1e-3)
     assert float(printed["seconds"]) == pytest.approx(result["seconds"], abs=1)
     assert {"dataset", "seed", "epochs", "lr", "arch"} <= set(result["arguments"])
-    assert result["versions"]["torch"] == torch.__version__ and result["device"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d+ CPUs, \d+ threads", result["device"])
 
 
 def test_a_new_run_leaves_nothing_of_an_older_one(tmp_path, inline):

@@ -10,7 +10,6 @@ from conftest import ROOT
 from PIL import Image
 from scipy.stats import beta
 
-from common.metrics import verdict
 from results import level
 
 ORDINARY = [60, 55, 70, 64, 58, 49, 66, 73, 61, 52]
@@ -85,10 +84,32 @@ def test_clean_networks_on_colour_data_count_whatever_their_table():
 
 def test_auroc_by_hand():
     """Share of pairs in which the backdoored network is the more suspicious; ties count half."""
-    clean, attacked = ([(verdict(n), None) for n in part] for part in ([ORDINARY, SMALL], [SMALL]))
+    clean, attacked = (
+        [(level.stored_verdict({"norms": n}), None) for n in part]
+        for part in ([ORDINARY, SMALL], [SMALL])
+    )
     for score in level.SCORES.values():
         assert level.auroc(score, clean, attacked) == 0.75
     assert np.isnan(level.auroc(level.SCORES["p"], [], attacked))
+
+
+def test_t_is_that_of_grubbs_on_the_logarithms():
+    """It counts the labels whose search succeeded alone."""
+    others = np.log(ORDINARY[1:9])
+    expected = (np.log(3) - others.mean()) / (others.std(ddof=1) * (9 / 8) ** 0.5)
+    found = {"norms": [*SMALL[:9], 1.0], "found": [True] * 9 + [False]}
+    assert level.stored_verdict(found)["t"] == pytest.approx(-expected)
+    assert level.SCORES["log t"](level.stored_verdict({"norms": SMALL})) > 5
+
+
+@pytest.mark.parametrize("alarms, held", [(1, True), (4, False)])
+def test_the_page_says_where_the_level_is_not_held(alarms, held):
+    entries = [entry("clean", k, LARGE if k < alarms else ORDINARY) for k in range(10)]
+    said = level.level_held(level.decisions([*entries, *ENTRIES[-3:]]))
+    where = "holds 5 % in each" if held else "does not hold 5 % for nc on mnist_cnn, digits"
+    assert (
+        where in said and f"Of {alarms} false alarms in all, {alarms} are of a norm above" in said
+    )
 
 
 def test_a_row_of_the_table():
@@ -96,7 +117,7 @@ def test_a_row_of_the_table():
     clean, badnets = (next(x for x in lines if f"nc | {a} |" in x) for a in ("clean", "badnets"))
     cells = [cell.strip() for cell in clean.split("|")[1:-1]]
     assert cells[:4] == ["digits", "mnist_cnn", "nc", "clean"]
-    assert cells[4:] == ["5", "1 (1 to 72 %)", "0 (0 to 52 %)", "1", *"–––"]
+    assert cells[4:] == ["5", "1 (1 to 72 %)", "0 (0 to 52 %)", "1", *"––––"]
     assert badnets.split("|")[6].strip() == "2 (9 to 99 %)"
     assert level.section([]) == "" and "level.png" in level.section(ENTRIES)
 

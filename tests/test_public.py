@@ -123,7 +123,7 @@ ENTRY = {
     "script": "nc",
     "origin": "github.com/bboylyg/NAD",
     "metrics": {"clean_accuracy": 81.3, "asr": 4.3, "target": 5, "below": [], "above": [3]}
-    | {"p_value": 0.04, "index": 1.5},
+    | {"p_value": 0.04, "index": 1.5, "verdict": "backdoored"},
 }
 
 
@@ -132,7 +132,8 @@ def test_a_row_of_the_table():
     text = public.section([ENTRY], theirs)
     (line,) = (line for line in text.splitlines() if "erased" in line and line.startswith("|"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[1:] == ["5", "81.30 (82.33)", "4.30", "nc", "3 above", "0.04", "1.50", "–", "–"]
+    assert cells[1:5] == ["5", "81.30 (82.33)", "4.30", "nc"]
+    assert cells[5:] == ["backdoored", "3 above", "0.04", "1.50", "–", "–"]
     assert text.endswith("`nad/WRN-16-1-erased.tar`: the file.")
     repaired = ENTRY["metrics"] | {"clean_accuracy_repaired": 80.0, "asr_repaired": 1.0}
     assert "| 80.00 | 1.00 |" in public.section([ENTRY | {"metrics": repaired}], theirs)

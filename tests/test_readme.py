@@ -212,7 +212,7 @@ def test_counts_of_public_checkpoints_are_those_of_the_results():
     text, named, backdoored = " ".join(README.split()), {}, {}
     for (section, _, path, target), lines in tables().items():
         if section == "Public checkpoints" and path.startswith("`"):
-            for _, _, _, asr, script, labels, *_ in lines:
+            for _, _, _, asr, script, _, labels, *_ in lines:
                 script = script.removesuffix("†")
                 backdoored[path] = float(asr.split()[0]) > 50
                 named[script, path] = target in re.findall(r"(\d+) (?:below|above)", labels)

@@ -15,9 +15,11 @@ from argparse import ArgumentParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ATTACKS, DEFENCES, FURTHER, ROOT, SHORT, files_below, run_here, write_npz
+from PIL import Image
 
 from common.datasets import SPECS
 from common.models import ARCHITECTURES, build_model
@@ -36,6 +38,10 @@ def test_every_command_runs_in_its_short_form(unread, tmp_path):
     write_npz(tmp_path / "data" / "mnist.npz", classes=10, count=300)
     model = build_model("wrn16_1", 10, (3, 32, 32), (0.0,) * 3, (1.0,) * 3)
     torch.save({"netC": model.net.state_dict()}, tmp_path / "suspect.pt")
+    for k in range(200):
+        (tmp_path / "pictures" / str(k % 10)).mkdir(parents=True, exist_ok=True)
+        picture = np.random.default_rng(k).integers(256, size=(8, 8, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / str(k % 10) / f"{k}.png")
     assert len(SCRIPTS) >= 4
     for command in SCRIPTS:
         name = command[1].removeprefix("methods/").removesuffix(".py")

@@ -539,6 +539,8 @@ chosen() {
 
 lecture_tables() {
   python results/table.py runs/cifar10-wrn16_1-*-s? --save lecture
+  python results/curves.py
+  python results/table.py
 }
 
 # what else the papers show and flags allow, one seed, most of it on a network that trains fast

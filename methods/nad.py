@@ -7,7 +7,7 @@ the backdoor, and the student, which starts from the suspect, is to forget more 
 
 Kind: repairs models, without asking whether they are backdoored; what it costs an innocent model
 is part of the answer. Given: the model and a clean share of its training data. Answers: the
-repaired model; beside it the teacher, and plain fine-tuning with as many updates as the student.
+repaired model; beside it the teacher, and plain fine-tuning with the student's updates and Cutout.
 
 Steps of the paper: attention map of a block, the sum of F_c^2 over the channels c (p = 2) divided
 by its length -> attention; L_NAD, the distance of two maps, squared as in the code -> distance;

@@ -16,16 +16,16 @@ Steps of the paper: ranking, activation with the reversed trigger less the clean
 filter, mean activation of the first 1 % of it -> profile; pruning in this order -> prune_curve,
 stop_point, prune.
 
-Differs from the paper, or chosen where it is silent: the layer is what enters the last linear
-layer. Stamped images are rounded to 8 bits; images of the flagged label are not stamped. Ranking
-and threshold see different clean images: a fifth of the share is kept back, on which the trigger
-itself was searched, too. It gives the threshold,
-a quantile at the rate of clean inputs that may be stopped (--fpr; public code: mean plus one
-standard deviation), and the end of pruning: at most 1 % of the stamped images still reach the
-label, or the last neuron before more than --max-drop points of clean accuracy are lost. A neuron is
-silenced by zeroing the weights that read it. As many neurons drawn at random are pruned for
-comparison ("random"). The false positive rate (FPR, clean inputs stopped) and the false negative
-rate (FNR, triggered inputs passed) are read on test images.
+Differs from the paper, or chosen where it is silent: the layer is what enters the last linear layer
+(1 % of WRN-16-1's 64 neurons is one). Pruning has no limit at 30 % of the neurons. Stamped images
+are rounded to 8 bits; images of the flagged label are not stamped. Ranking and threshold see
+different clean images: a fifth of the share is kept back, on which the trigger itself was searched,
+too. It gives the threshold, a quantile at the rate of clean inputs that may be stopped (--fpr;
+public code: mean plus one standard deviation), and the end of pruning: at most 1 % of the stamped
+images still reach the label, or the last neuron before more than --max-drop points of clean
+accuracy are lost. A neuron is silenced by zeroing the weights that read it. As many neurons drawn
+at random are pruned for comparison ("random"). The false positive rate (FPR, clean inputs stopped)
+and the false negative rate (FNR, triggered inputs passed) are read on test images.
 
     python methods/nc_mitigate.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -243,13 +243,14 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
     y = torch.arange(images, device=device) % 10
     own = {"pad": 4, "flip": True, "epochs": 1, "lr": 1e-4, "batch_size": 64}
     aim = {"teacher": model, "betas": dict(zip(nad.BLOCKS[arch], nad.BETAS))}
-    weights = mcr.weights_of(model)
+    cutout, weights = {"cutout": round(32 * nad.CUTOUT)}, mcr.weights_of(model)
     (layer,) = fine_pruning.LAYERS[arch]
     pruned = {"linear": layer.linear, "channels": 64, "pruned": torch.arange(16, device=device)}
     plain = own | {"batch_size": 128, "objective": torch.mean, "clip": 1}
     calls = {
         "tuning": lambda: finetune.finetune(model, x, y, **own),
-        "student": lambda: nad.finetune(model, x, y, **aim, **own),
+        "student": lambda: nad.finetune(model, x, y, **aim, **own | cutout),
+        "teacher": lambda: nad.finetune(model, x, y, **own | cutout),
         "other end": lambda: mcr.finetune(model, x, y, **own | {"batch_size": 32}),
         "curve": lambda: mcr.connect(model, weights, weights, x, y, **own | {"batch_size": 32}),
         "pruned": lambda: fine_pruning.finetune(model, x, y, **pruned, **own),
@@ -264,7 +265,7 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
     new = RECIPES[arch]["epochs"]
     sums = {
         f"finetune.py, {len(finetune.LRS)} rates of 10 epochs": {"tuning": 10 * len(finetune.LRS)},
-        "nad.py, 10 epochs of the teacher, 20 of both students": {"tuning": 30, "student": 20},
+        "nad.py, 10 epochs of the teacher, 20 of both students": {"teacher": 30, "student": 20},
         f"mcr.py, {ends} epochs of the other end and of the curve": {
             "other end": ends,
             "curve": ends,

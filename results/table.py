@@ -66,6 +66,10 @@ def derived(m):
             new["target_found"] = target in v["below"] + v["above"]
             far = norms - np.median(norms)
             new["two_sided"] = far[target] and far[target] / np.median(np.abs(1.4826 * far))
+    if "kept_back_loss" in m:  # of a curve: the inner point that the other rule would take
+        lowest = 1 + int(np.argmin(m["kept_back_loss"][1:-1]))
+        new["lowest_clean"] = m["curve_clean_accuracy"][lowest]
+        new["lowest_asr"] = m["curve_asr"][lowest] if "curve_asr" in m else None
     if m.get("clean_accuracy_repaired") is not None:
         new["drop"] = m["clean_accuracy"] - m["clean_accuracy_repaired"]
     rates = [rate for rate in m.get("rates", []) if rate["frr"] == 1]  # nominal, in per cent

@@ -507,6 +507,24 @@ def test_curves_by_epoch(tmp_path):
         assert picture.width > picture.height > 200
 
 
+@pytest.mark.drawn
+def test_curves_of_mode_connectivity(tmp_path):
+    run = {"points": [0, 0.5, 1], "curve_clean_accuracy": [90.0, 80, 85], "curve_asr": [99.0, 5, 9]}
+    runs = {"badnets": run | {"t": 0.5}, "wanet": run | {"t": None}}
+    curves.draw_connectivity(tmp_path / "curves.png", runs)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height > 200
+    found = curves.stored("lecture", curves.CURVE, curves.ATTACKS, "curve_asr")
+    assert list(found) == list(curves.ATTACKS) and len(found["badnets"]["points"]) == 11
+
+
+def test_the_point_of_the_lowest_loss_is_an_inner_one():
+    curve = {"kept_back_loss": [0.1, 0.4, 0.3, 0.2], "curve_clean_accuracy": [90, 80, 70, 60]}
+    found = table.derived(curve | {"curve_asr": [99, 5, 7, 9]})
+    assert (found["lowest_clean"], found["lowest_asr"]) == (70, 7)
+    assert table.derived(curve)["lowest_asr"] is None  # nothing triggered to measure
+
+
 def test_what_was_tried_is_explained_and_shown():
     told = dict(leaves(table.PAPERS["tried"]))
     rows = {row for row in stored_rows(FILES["tried"]) if len(row) == 4}

@@ -257,18 +257,24 @@ def test_random_pruning_takes_as_many_other_neurons(run, digits_badnets):
     assert common < (1 + count / 512) / 2  # about count / 512, were they drawn
 
 
+@pytest.mark.parametrize("bare", [False, True])
 def test_the_defender_needs_no_triggered_image(
-    inline, run, reversed_trigger, digits_badnets, tmp_path, capfd
+    inline, run, reversed_trigger, digits_badnets, tmp_path, capfd, bare
 ):
     """Without poisoned_test.npz: bitwise the same repaired model, and no ASR."""
+    flags, folder = ("--ckpt", tmp_path), tmp_path
     shutil.copy(digits_badnets / "model.pt", tmp_path)
-    shutil.copytree(reversed_trigger, tmp_path / "nc-s0")
-    inline("nc_mitigate", "--ckpt", tmp_path)  # the folder's default
+    if bare:
+        torch.save(loaded(digits_badnets).model.net.state_dict(), tmp_path / "suspect.pt")
+        flags = "--ckpt", "suspect.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+        folder = tmp_path / "suspect"
+    shutil.copytree(reversed_trigger, folder / "nc-s0")
+    inline("nc_mitigate", *flags)  # the folder's default
     assert "the ASR cannot be measured" in capfd.readouterr().out
-    seen, unseen = (loaded(path).model for path in (run[0], tmp_path / "nc_mitigate-s0"))
+    seen, unseen = (loaded(path).model for path in (run[0], folder / "nc_mitigate-s0"))
     pairs = zip(seen.state_dict().values(), unseen.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)
-    metrics = result_of(tmp_path / "nc_mitigate-s0")["metrics"]
+    metrics = result_of(folder / "nc_mitigate-s0")["metrics"]
     assert not {"asr", "fnr", "auroc"} & metrics.keys() and "fpr" in metrics
 
 

@@ -448,6 +448,8 @@ digits() {
   on $b mcr_half mcr --batch-size 64
   on $b mcr_loss mcr --rule loss
   on $b nc_mitigate nc_mitigate
+  on $b strip strip
+  on $b strip_float32 strip --precision float32
   own wanet wanet --s 1.0
   for v in $b runs/digits-mnist_cnn-wanet-s0; do
     on $v nc nc

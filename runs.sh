@@ -516,6 +516,9 @@ lecture() {
     row gradcam "$r-$v-s0" 0 --februus
     row sentinet "$r-$v-s0" 0
   done
+  v=$r-badnets-s0/generator_reverse_float32-s0
+  once "$v" generator_reverse --ckpt "$r-badnets-s0" --seed 0 --lpips-net none \
+    --precision float32 --out "$v"
   for s in 0 1 2; do
     [ "$s" = 0 ] || row nc "$r-badnets-s$s" "$s"
     [ "$s" = 0 ] || row nc "$r-clean-s$s" "$s"

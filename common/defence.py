@@ -95,10 +95,10 @@ def report_verdict(decision, args, notes, doubt=False):
         return metrics | {"verdict": "inconclusive"}
     named = [f"labels {decision[k]} {k} the others" for k in ("below", "above") if decision[k]]
     metrics["verdict"] = "backdoored" if named else "inconclusive" if doubt else "no evidence"
-    print(f"verdict: {metrics['verdict']}, p = {decision['p_value']:.3g}", *named, sep=", ")
     by_index = decision["flagged_by_index"]
     answer = f"backdoored, labels {by_index}" if by_index else "clean"
-    print(f"by the paper's rule (index > {args.threshold:g}): {answer}")
+    own = ", ".join([f"{metrics['verdict']}, p = {decision['p_value']:.3g}", *named])
+    print(f"verdict: {own}; by the paper's rule (index > {args.threshold:g}): {answer}")
     ratio = "undefined" if decision["ratio"] is None else f"{decision['ratio']:.2f}"
     index = f"index {decision['index']:.2f}, ratio to the median {ratio}"
     print(f"smallest norm: label {decision['label']}, {index}")

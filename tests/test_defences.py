@@ -163,8 +163,12 @@ def test_a_repair_that_diverges_keeps_the_verdict_and_no_model(
             "backdoored",
         ),
         ([5, 5, 5, 50, 5, 5], ["p = 5e-05, labels [3] above the others"], "backdoored"),
-        ([5.0] * 6, ["no evidence, p = 1\n", "index > 2): clean", "index 0.00"], "no evidence"),
-        ([0.0] * 6, ["p = 1\n", "ratio to the median undefined"], "no evidence"),
+        (
+            [5.0] * 6,
+            ["no evidence, p = 1; by the paper", "index > 2): clean", "index 0.00"],
+            "no evidence",
+        ),
+        ([0.0] * 6, ["p = 1; ", "ratio to the median undefined"], "no evidence"),
         ([0, 5, 5, 5], ["label 0: index n/a", "needs 5 successful searches"], "inconclusive"),
     ],
 )

@@ -3,6 +3,7 @@
 The processor is made to say that it has bfloat16: without it the same operators are emulated.
 """
 
+import copy
 import json
 
 import pytest
@@ -87,6 +88,25 @@ def test_triggers_are_made_for_the_network_in_float32(model):
     aim = {"anchors": neurons, "goal": torch.ones(3), "radius": 1.0, "steps": 2, "lr": 0.1}
     invisible.drive(model, "net.fc", x, delta, ones, batch_size=4, **aim)
     assert set(seen) == {torch.float32} and len(seen) >= 8 and model.bfloat16
+
+
+@pytest.mark.parametrize("arch, shape", [("wrn16_1", (3, 32, 32)), ("mnist_cnn", (1, 28, 28))])
+def test_float32_is_that_of_plain_strides(arch, shape):
+    """channels_last changes the speed: outputs and gradients are those without it."""
+    given = (0.5,) * shape[0], (0.5,) * shape[0]
+    fast = build_model(arch, 10, shape, *given).eval()
+    plain = copy.deepcopy(fast).to(memory_format=torch.contiguous_format)
+    layouts, found = set(), []
+    for net in (fast, plain):
+        x = random_images(6, shape).float().div(255).requires_grad_()
+        logits = net(x)
+        logits.square().sum().backward()
+        found.append((logits.detach(), x.grad))
+        weight = next(w for w in net.parameters() if w.dim() == 4 and w.shape[1] > 1)
+        layouts.add(weight.is_contiguous())
+    assert layouts == {True, False}
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_figures_and_prunings_are_taken_in_float32(model):

@@ -62,6 +62,7 @@ def new_model(args, data):
     model = build_model(args.arch, data.classes, data.shape, data.spec.mean, data.spec.std)
     if args.arch not in ARCHITECTURES:
         ckpt.check_outputs(model.to(device).eval(), data, args.arch)
+        ckpt.check_gradient(model, data, args.arch)
     model.bfloat16 = uses_bfloat16(args.precision, args.arch, device)
     args.precision = "bfloat16" if model.bfloat16 else "float32"
     return model.to(device).train()

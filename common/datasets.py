@@ -93,10 +93,7 @@ def check_size(path):
 
 
 def read_npz(path, keys, otherwise=()):
-    """Read the arrays `keys` from an .npz without unpickling anything; fails with one line.
-
-    Where `keys` are not all there but `otherwise` are, those are read.
-    """
+    """The arrays `keys` of an .npz, or, without one of them, `otherwise`; nothing is unpickled."""
     try:
         check_size(path)
         with np.load(path, allow_pickle=False) as archive:

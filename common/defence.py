@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
+from common import checkpoint as ckpt
 from common import fail, parser, seed
-from common.checkpoint import load_model, load_victim, read_checkpoint, save_model, save_result
 from common.datasets import defender_split, kept_back, pick_device
 from common.metrics import accuracy, case_of, pass_size
 from common.models import FLOAT32, PRECISION, uses_bfloat16
@@ -45,11 +45,15 @@ def defence_flags(doc, share=None, detector=False):
     return p
 
 
-def open_victim(args, kept=FLOAT32):
-    """Seed every draw, load the checkpoint and its data onto the device; see `uses_bfloat16`."""
+def open_victim(args, forward=False):
+    """Seed every draw, load checkpoint and data onto the device; `forward`: for passes alone."""
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    victim = load_victim(args, device)
+    victim = ckpt.load_victim(args, device)
+    if not forward:
+        ckpt.check_gradient(victim.model.requires_grad_(True), victim.data, victim.arch)
+        victim.model.requires_grad_(False)
+    kept = () if forward else FLOAT32  # long passes gain by it on small networks, too
     victim.model.bfloat16 = uses_bfloat16(args.precision, victim.arch, device, kept)
     victim.data.spec = victim.data.spec.of(victim.arch)
     args.precision = "bfloat16" if victim.model.bfloat16 else "float32"
@@ -175,9 +179,9 @@ def save_repaired(folder, models, victim, args, metrics, trigger=None):
     """Write models["_repaired"], where there is one, as a checkpoint, and put it as read back."""
     if "_repaired" in models:
         path, data = folder / "model.pt", victim.data
-        save_model(folder, models["_repaired"], data, victim.arch, args, metrics, trigger)
-        read = read_checkpoint(path)
-        models["_repaired"] = load_model(read, path, data.x_train.device, victim.arch)
+        ckpt.save_model(folder, models["_repaired"], data, victim.arch, args, metrics, trigger)
+        read = ckpt.read_checkpoint(path)
+        models["_repaired"] = ckpt.load_model(read, path, data.x_train.device, victim.arch)
 
 
 def evaluate(victim, models, decision=None):
@@ -216,4 +220,4 @@ def report(folder, script, args, metrics, seconds, kinds=("repaired",)):
             print(f"{name.replace('_', ' ')}: {metrics[name]:.2f}{arrow}")
     written = [f for kind in ("*.png", "*.csv", "*.npz", "model.pt") for f in folder.glob(kind)]
     print(f"written: {', '.join(sorted(map(str, written)))}")
-    save_result(folder, script, args, seconds, metrics, pick_device(args.device))
+    ckpt.save_result(folder, script, args, seconds, metrics, pick_device(args.device))

@@ -85,12 +85,11 @@ def ssim(a, b):
 
 
 def lpips_distance(net, device):
-    """Return the LPIPS network of v0.1 ('alex', 'vgg' or 'squeeze'), frozen, in eval mode.
+    """The LPIPS network of v0.1 ('alex', 'vgg' or 'squeeze'), frozen, in eval mode; see `lpips_of`.
 
-    Call it on images in [0,1] through `lpips_of`. Its backbone's ImageNet weights are downloaded
-    by torchvision at the first use; where they cannot be had this fails, nothing falls back.
-    'random' is AlexNet with weights drawn from seed 0 under LPIPS's own linear layers: no
-    perceptual distance, but a term of the same form that needs no download.
+    torchvision downloads its backbone's ImageNet weights at the first use, or this fails. 'random'
+    is AlexNet with weights from seed 0 under LPIPS's own linear layers: no perceptual distance, but
+    a term of the same form that needs no download.
     """
     import lpips
 

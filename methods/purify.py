@@ -21,9 +21,9 @@ on unfiltered, which measures no defence. "asr_filter_first" is this order. It i
 checkpoint holds the generators of input_aware.py, and for no other attack.
 
 Differs from the sources: "c % compression" is read as quality 100 - c. The median stands beside the
-code's Gaussian, because Feature Squeezing smooths by a median (Pillow's does not reflect the edges,
-as OpenCV's and ours do). The Gaussian has OpenCV's sigma (.8 for k = 3, 1.1 for 5), where OpenCV
-rounds its small kernels (.24, .52, .24 to .25, .5, .25). Depths are rounded; the code cuts
+code's Gaussian, because Feature Squeezing smooths by a median (ours reflects the edges, Pillow's
+does not). The Gaussian has OpenCV's sigma (.8 for k = 3, 1.1 for 5), where OpenCV rounds its small
+kernels (.24, .52, .24 to .25, .5, .25); both reflect the edges. Depths are rounded; the code cuts
 (--rounding trunc), which darkens. The autoencoder has the widths of public code (12, 24, 48) and
 narrower ones, and sees the defender's clean images alone, less those that are kept back.
 
@@ -242,7 +242,7 @@ if __name__ == "__main__":
             every = f" in steps of {known.step}" if known.step > 1 else ""
             fail(f"--strengths {strength}: {args.filter} takes {known[0]} to {known[-1]}{every}")
     start = time.time()
-    victim = open_victim(args)
+    victim = open_victim(args, forward=True)
     model, data = victim.model, victim.data
     asked = {args.filter: args.strengths or STRENGTHS[args.filter]} if args.filter else STRENGTHS
     windows = [k for name in ("gaussian", "median") for k in asked.get(name, ())]

@@ -66,7 +66,6 @@ def parse_args():
 
 
 FRRS = (0.005, 0.01, 0.02, 0.05)  # the rates of the paper's Table 3, and 5 %
-FLOAT32 = ("mobilenet_v2",)  # long passes gain by bfloat16 on small networks, too
 ROOM = 10 * 2**20, 2**30  # bytes of one layer's outputs in a pass: a CPU's cache, a GPU's memory
 
 
@@ -191,7 +190,7 @@ if __name__ == "__main__":
     if args.fit_images == 1:
         fail("--fit-images 1: a boundary needs at least 2 images")
     start = time.time()
-    victim = open_victim(args, FLOAT32)
+    victim = open_victim(args, forward=True)
     model, data, device = victim.model, victim.data, victim.data.x_train.device
     split = clean_share(args, victim, SHARE)
     asked = args.overlays + (args.fit_images or 2)

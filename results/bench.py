@@ -3,7 +3,7 @@
     python results/bench.py runs/bench/victim     # write results/speed.md
     python results/bench.py runs/bench/victim --backdoorbench CLONE     # beside its code, too
     python results/bench.py ... --search runs/cifar10-wrn16_1-badnets-s1    # over a whole search
-    python results/bench.py ... --whole runs/cifar10-airbench-clean-s0/nc-s0    # their own times
+    python results/bench.py ... --whole runs/cifar10-airbench-clean-s0/nc-s0    # its time
 
 `bash runs.sh bench` trains that victim. What is compared runs in alternation, and medians are kept.
 """
@@ -64,6 +64,7 @@ before each change of its weight."""
 REPAIRS = """A try of each repair by training, estimated from an epoch on 256 images. `nad.py`,
 `mcr.py` and `fine_pruning.py` try again at half the rate where it costs more than 5 points on
 images kept back. `abl.py` trains a new network on the whole training set."""
+WHOLE = "Without imports and evaluation; of a detector with the repair where it named a label."
 BATCHES = 100, 200, 500, 1000, 2000  # of the bare network; its best is what STRIP is held against
 
 
@@ -189,7 +190,7 @@ def throughputs(victim, device, repeats, images=1000):
     overlays, inputs = x[: images // 10], x[-images // 25 :]
     floats = to_float(x[: len(inputs)].repeat_interleave(len(overlays), 0))
     layer = next(iter(fine_pruning.layers_of(model, victim.arch, x).values()))
-    model.bfloat16 = uses_bfloat16("auto", victim.arch, device, strip.FLOAT32)
+    model.bfloat16 = uses_bfloat16("auto", victim.arch, device, kept=())
     size = strip.pass_size(model, x)
     bins = freq_backdoor.distinct_bins(*data.shape[1:])[:64]
 
@@ -279,10 +280,13 @@ def repairs(device, repeats, images=256, arch="wrn16_1"):
 
 
 def whole_runs(folders):
-    """Rows: minutes of finished runs of the defences, from the start of a script to its end."""
+    """Rows: minutes of finished runs of the defences, without imports and evaluation."""
     for folder in folders:
-        result = json.loads((folder / "result.json").read_text())
-        victim = read_checkpoint(Path(result["arguments"]["ckpt"]) / "model.pt")
+        path = folder / "result.json"
+        result = json.loads(path.read_text()) if path.is_file() else {"arguments": {}}
+        if not os.path.isdir(ckpt := result["arguments"].get("ckpt", "")):
+            fail(f"--whole {folder}: it holds no result.json of a defence of a victim's folder")
+        victim = read_checkpoint(Path(ckpt) / "model.pt")
         where = f"{victim['arch']} on {victim['dataset']}, {victim['classes']} labels"
         minutes = f"{result['seconds'] / 60:.1f} min"
         yield [f"{result['script']}.py", where, minutes, result["device"]]
@@ -333,9 +337,7 @@ if __name__ == "__main__":
     p.add_argument("--search", type=Path, help="a CIFAR-10 victim that both search to their end")
     p.add_argument("--repeats", type=int, default=7, help="of each throughput; the searches half")
     args = p.parse_args()
-    for folder in args.whole:
-        if not (folder / "result.json").is_file():
-            fail(f"--whole {folder}: it holds no result.json of a run")
+    whole = list(whole_runs(args.whole))
     device = pick_device("auto")
     absent = dict.fromkeys(["arch", "dataset", "mean", "std", "out", "classes", "image_size"])
     victim, searched = (
@@ -367,11 +369,9 @@ if __name__ == "__main__":
         beside = peers.rows(args.backdoorbench, searched, device, args.repeats)
         table = markdown([*head, "theirs", "ours"], beside)
         parts += ["## Beside BackdoorBench", peers.TEXT, table]
-    if args.whole:
-        rows = markdown(
-            ["what", "network and data", "time", "device"], list(whole_runs(args.whole))
-        )
-        parts += ["## Whole runs", "The search for every label, and the repair.", rows]
+    if whole:
+        rows = markdown(["what", "network and data", "time", "device"], whole)
+        parts += ["## Whole runs", WHOLE, rows]
     step = f"From the start of a script on digits to the end of its first step: {seconds:.1f} s."
     page = "\n\n".join([*parts, "## Start", step]) + "\n"
     with written_whole(HERE / "speed.md") as temporary:

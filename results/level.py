@@ -33,8 +33,9 @@ the clean networks of the tables above. The generators' rate and `--skip` were c
 the small networks on CIFAR-10, one clean and one backdoored. A cell counts networks, with the exact
 95 % interval of Clopper and Pearson for their share in per cent. On clean networks the p-value
 should stay at 5 %; on backdoored ones a count is of those whose target is named, below or above.
-Inconclusive answers count as not flagged. An AUROC compares the conclusive answers on the
-backdoored networks of a row with those on the clean ones.
+Inconclusive answers count as not flagged. "log t" is how far the most outlying norm lies from the
+others on a logarithmic scale (the t of Grubbs' test), which the p-value is made of. An AUROC
+compares the conclusive answers on the backdoored networks of a row with those on the clean ones.
 
 ![How often clean networks get a p-value below a level](level.png)"""
 
@@ -116,17 +117,16 @@ def auroc(score, clean, attacked):
 
 
 def level_held(groups):
-    """A sentence: where the p-value does not hold its level on clean networks, and the sides."""
+    """A sentence: whose false alarms are more than 5 % for certain, and how many are above."""
     clean = {k: [v for v, _ in answers] for k, answers in groups.items() if k[3] == "clean"}
     alarms = {k: [v for v in found if v["below"] + v["above"]] for k, found in clean.items()}
     off = [
         f"{script} on {arch}, {data}"
         for (data, arch, script, _), found in sorted(alarms.items())
-        for low, high in [interval(len(found), len(clean[data, arch, script, "clean"]))]
-        if not low <= ALPHA <= high
+        if found and interval(len(found), len(clean[data, arch, script, "clean"])).low > ALPHA
     ]
-    where = f"does not hold 5 % for {'; '.join(off)}" if off else "holds 5 % in each"
-    above = sum(bool(v["above"]) for found in alarms.values() for v in found)
+    where = f"lies above 5 % for {'; '.join(off)}" if off else "lies above 5 % in none"
+    above = sum(bool(v["above"] and not v["below"]) for found in alarms.values() for v in found)
     count = sum(map(len, alarms.values()))
     return (
         f"The interval of the clean rows {where}. Of {count} false alarms in all, {above} are of "

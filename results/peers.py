@@ -146,7 +146,7 @@ def whole_search(folder, victim, device):
 def superimposed(folder, device, repeats, overlays=100):
     """The rows of STRIP: all overlays on all inputs of a batch."""
     for arch, dataset, count in SUPERIMPOSED:
-        model, bare, shape = networks(arch, dataset, device, strip.FLOAT32)
+        model, bare, shape = networks(arch, dataset, device, kept=())
         options = argparse.Namespace(device=device)
         check = definitions(folder / "detection_infer/strip.py", ["STRIP"], args=options)["STRIP"]
         x = torch.randint(256, (count + overlays, *shape), device=device).to(torch.uint8)

@@ -210,7 +210,6 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
         ("nets.py:TrainFeature", "training mode"),
         ("nets.py:Mixed", "by the batch or by chance"),
         ("nets.py:Dropped", "by the batch or by chance"),
-        ("nets.py:Inference", "no gradient"),
         ("nets.py:traced", "plain torch.nn.Module"),
         ("torchvision:nothing", "nothing"),
         ("torchvision:resnet18", "does not fit"),
@@ -219,6 +218,21 @@ def test_logarithm_of_a_softmax_has_the_gradient_of_the_logits(nets):
 )
 def test_networks_that_are_none(nets, one_line, arch, named):
     assert named in one_line(loaded, "suspect.pth", arch=arch, dataset="digits")
+
+
+def test_a_network_without_gradients(nets, inline, unread, one_line, tmp_path):
+    """As one whose forward is under no_grad: it can be filtered and superimposed, not searched."""
+    flags = "--ckpt", "suspect.pth", "--arch", "nets.py:Inference", "--dataset", "digits"
+    for name in ("strip", "purify"):
+        inline(name, *flags, *SHORT[name], "--out", name)
+        assert (tmp_path / name / "result.json").exists()
+    for name in ("nc", "finetune", "gradcam"):
+        assert "no gradient" in one_line(inline, name, *flags, "--out", name)
+        assert not (tmp_path / name).exists()
+    keeps = "--ckpt", "suspect.pth", "--arch", "nets.py:Keeps", "--dataset", "digits"
+    inline("finetune", *keeps, *SHORT["finetune"], "--out", "tuned")  # of a copy, without a graph
+    own = "--dataset", "digits", "--arch", "nets.py:Inference", "--out", "badnets"
+    assert "no gradient" in one_line(inline, "badnets", *own)
 
 
 @pytest.mark.parametrize("name", ["Extra", "Wrapped", "double", "Keeps"])

@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT, loaded
+from conftest import ROOT, loaded, result_of
 
 from results import bench
 
@@ -60,23 +60,27 @@ def test_fast_path(monkeypatch, native):
 
 
 def test_whole_runs(inline, tmp_path, digits_badnets):
-    ran = inline(
-        "strip", "--ckpt", digits_badnets, "--inputs", 10, "--fit-images", 10, "--out", "s"
-    )
+    few = "--inputs", 10, "--fit-images", 10
+    inline("strip", "--ckpt", digits_badnets, *few, "--out", "s")
     (row,) = bench.whole_runs([tmp_path / "s"])
     threads = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    minutes = f"{ran['seconds'] / 60:.1f} min"
+    minutes = f"{result_of(tmp_path / 's')['seconds'] / 60:.1f} min"
     assert row == ["strip.py", "mnist_cnn on digits, 10 labels", minutes, threads]
 
 
 @pytest.mark.parametrize(
     "flags, named",
-    [(["--whole", "nowhere"], "no result.json"), (["--search", "VICTIM"], "CIFAR-10")],
+    [
+        (["--whole", "nowhere"], "no result.json of a defence"),
+        (["--whole", "VICTIM"], "no result.json of a defence"),
+        (["--search", "VICTIM"], "CIFAR-10"),
+    ],
 )
 def test_bad_input_is_one_line(monkeypatch, one_line, digits_badnets, flags, named):
-    """Before anything is timed."""
+    """Before anything is timed: the first thing that is starts a script."""
     flags = [str(digits_badnets) if flag == "VICTIM" else flag for flag in flags]
     monkeypatch.setattr("sys.argv", ["bench.py", str(digits_badnets), *flags])
+    monkeypatch.setattr("subprocess.Popen", None)
     path = ROOT / "results" / "bench.py"
     assert named in one_line(runpy.run_path, str(path), run_name="__main__")
 

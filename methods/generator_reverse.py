@@ -10,7 +10,7 @@ Kind: detects models, then repairs them. Given: the model and a small clean shar
 Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
 Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; p < .05 flags none, but misses
 Blend in 3 of 3, the stealthy and the input-aware attack in 2 of 3 (of one it names 3 wrong labels);
-7 of 9 public targets, 10 of 11 attacks on WRN-16-1 and a patch on GTSRB. Most patches survive.
+7 of 9 public targets, 11 of 12 attacks on WRN-16-1 and a patch on GTSRB. Most patches survive.
 
 Equations (numbers of the paper): Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq.
 (5) m_y, mean L1 norm of G_y(x) - x over the clean images that are not of class y ->

@@ -171,6 +171,14 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert cells.pop(2) == "1 of 1"
     assert told == [re.sub(r" .*\(\d\)", "", cell) for cell in cells]
 
+    pattern = r"On GTSRB the stealthy attack .one seed: ([\d.]+), ([\d.]+). evades the paper's rule, "
+    pattern += "but the p-value names it, above the others"
+    (told,) = re.findall(pattern, text)
+    (attack,) = found["GTSRB", "Attacks", "stealthy_adversarial", "nc_gtsrb_cnn"]
+    (named,) = found["GTSRB", "Detectors", "nc on stealthy_adversarial", "nc_gtsrb_cnn"]
+    assert [f"{value} (1)" for value in told] == attack[2:4]
+    assert named[3:5] == ["1 of 1", "0 of 1"] and float(named[9].split(" ")[0]) > 2  # its norm's
+
     pattern = r"The same network on CIFAR-10 .one seed. has ([\d.]+) and ([\d.]+); the generators "
     pattern += r"name it and an innocent label, and repair it to ([\d.]+)\."
     (told,) = re.findall(pattern, text)

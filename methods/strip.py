@@ -69,13 +69,13 @@ FRRS = (0.005, 0.01, 0.02, 0.05)  # the rates of the paper's Table 3, and 5 %
 ROOM = 10 * 2**20, 2**30  # bytes of one layer's outputs in a pass: a CPU's cache, a GPU's memory
 
 
-def superimpose(x, overlays, blend):
+def superimpose(x, overlays, blend, out=None):
     """Every overlay on every input: x M x C x H x W, overlays N x C x H x W, floats in [0,1].
 
-    Returns M x N x C x H x W in [0,1].
+    Returns M x N x C x H x W in [0,1], in `out` where it is given.
     """
-    total = x[:, None] + overlays[None]
-    return total.clamp_(max=1) if blend == "add" else total / 2
+    total = torch.add(x[:, None], overlays[None], out=out)
+    return total.clamp_(max=1) if blend == "add" else total.div_(2)
 
 
 def bits(logits):
@@ -108,8 +108,10 @@ def entropies(model, x, overlays, *, blend, batch_size):
     """
     overlays, parts = to_float(overlays), []
     bar = tqdm(total=len(x) * len(overlays), disable=None, unit="image")
-    for part in x.split(max(1, batch_size // len(overlays))):
-        mixed = superimpose(to_float(part), overlays, blend)  # B x N x C x H x W
+    size = max(1, batch_size // len(overlays))
+    room = overlays.new_empty(min(size, len(x)), *overlays.shape)  # once, for every part
+    for part in x.split(size):
+        mixed = superimpose(to_float(part), overlays, blend, room[: len(part)])
         h = bits(model(mixed.flatten(0, 1))).view(mixed.shape[:2])
         parts.append(h.mean(1))
         bar.update(len(part) * len(overlays))

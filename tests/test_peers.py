@@ -85,9 +85,9 @@ def test_both_codes_mix_as_many_images(clone, monkeypatch):
     monkeypatch.setattr(peers, "SUPERIMPOSED", [("mnist_cnn", "mnist", 6)])
     mixed, superimpose = [], peers.strip.superimpose
 
-    def watched(x, overlays, blend):
+    def watched(x, overlays, *more):
         mixed.append(len(x) * len(overlays))
-        return superimpose(x, overlays, blend)
+        return superimpose(x, overlays, *more)
 
     monkeypatch.setattr(peers.strip, "superimpose", watched)
     rows = list(peers.superimposed(folder, CPU, 1, overlays=10))

@@ -171,7 +171,9 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert cells.pop(2) == "1 of 1"
     assert told == [re.sub(r" .*\(\d\)", "", cell) for cell in cells]
 
-    pattern = r"On GTSRB the stealthy attack .one seed: ([\d.]+), ([\d.]+). evades the paper's rule, "
+    pattern = (
+        r"On GTSRB the stealthy attack .one seed: ([\d.]+), ([\d.]+). evades the paper's rule, "
+    )
     pattern += "but the p-value names it, above the others"
     (told,) = re.findall(pattern, text)
     (attack,) = found["GTSRB", "Attacks", "stealthy_adversarial", "nc_gtsrb_cnn"]

@@ -1,10 +1,9 @@
 """Reversed backdoor generators: detect and remove dynamic, invisible triggers (Zheng et al., 2022,
 "Detecting and Mitigating Backdoor Attacks with Dynamic and Invisible Triggers").
 
-For every label an image-to-image network is trained that changes clean images as little as
-possible and still sends them to this label. For the target of a backdoor very little change should
-be enough, whatever the trigger looks like; the MAD anomaly index detects that. Fine-tuning on the
-generated images with their true labels removes the backdoor.
+For every label an image-to-image network is trained to change clean images as little as possible
+and still send them there. For a backdoor's target very little should do, whatever the trigger; the
+MAD anomaly index detects that. Fine-tuning on the generated images with true labels removes it.
 
 Kind: detects models, then repairs them. Given: the model and a small clean share of training data.
 Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
@@ -12,10 +11,9 @@ Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; p < .05 fla
 Blend in 3 of 3, the stealthy and the input-aware attack in 2 of 3 (of one it names 3 wrong labels);
 7 of 9 public targets, 11 of 12 attacks on WRN-16-1 and a patch on GTSRB. Most patches survive.
 
-Equations (numbers of the paper): Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq.
-(5) m_y, mean L1 norm of G_y(x) - x over the clean images that are not of class y ->
-evaluate_generators; Eq. (6) anomaly index -> common.metrics.verdict; Sec. 3.3 binary search of the
-weight (m_y is then compared at equal ASR) -> search_lambda1; mitigation -> finetune.
+Equations: Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq. (5) m_y, mean L1 norm
+of G_y(x) - x over clean images not of class y -> evaluate_generators; Eq. (6) anomaly index ->
+common.metrics.verdict; Sec. 3.3 binary search of l1 -> search_lambda1; mitigation -> finetune.
 
 Differs from the paper, or chosen where it is silent: pre-training runs until the generator copies
 images to within 10 % of their L1 spread around the mean colour, at most 3,000 steps; else "nothing
@@ -122,7 +120,11 @@ def pretrain(generator, x, *, lambdas, lpips_net, goal, steps, batch_size, lr, s
 
 def generate(skeleton, parameters, x):
     """All generators on the same x, B x C x H x W: stacked parameters -> K x B x C x H x W."""
-    return torch.vmap(lambda p: functional_call(skeleton, p, (x,)))(parameters)
+    if x.is_cuda:
+        return torch.vmap(lambda p: functional_call(skeleton, p, (x,)))(parameters)
+    x = x.contiguous(memory_format=torch.channels_last)  # a CPU is quicker one by one
+    alone = [dict(zip(parameters, values)) for values in zip(*parameters.values())]
+    return torch.stack([functional_call(skeleton, own, (x,)) for own in alone])
 
 
 def train_generators(
@@ -269,7 +271,6 @@ if __name__ == "__main__":
     at_once = args.labels_at_once or (data.classes if device.type == "cuda" else 2)
     parts = zip(*in_parts(search, labels, at_once))
     norms, asrs, terms, lambda1, parameters = ([v for some in part for v in some] for part in parts)
-    search_seconds = time.time() - search_start
 
     # ===== Verdict =====
     found = with_a_say(norms, [asr >= args.asr_goal for asr in asrs], y_clean)
@@ -280,9 +281,8 @@ if __name__ == "__main__":
     metrics = report_verdict(decision, args, notes, doubt)
     metrics |= dict(norms=norms, found=found, asrs=asrs, ce_mse_lpips=terms, lambda1=lambda1)
     metrics |= {"pretrain_steps": taken, "pretrain_residual": residual, "spread": spread}
-    metrics["search_seconds"], flagged = search_seconds, metrics["flagged"]
-    x_shown = x_clean[torch.randperm(len(x_clean), device=device)[:8]]
-    rows = [("clean", x_shown)]
+    metrics["search_seconds"], flagged = time.time() - search_start, metrics["flagged"]
+    rows = [("clean", x_shown := x_clean[torch.randperm(len(x_clean), device=device)[:8]])]
     for label in list(dict.fromkeys(flagged[:1] + sorted(labels, key=norms.__getitem__)))[:3]:
         made = functional_call(origin, parameters[label], x_shown)
         rows += residual_rows(f"$G_{{{label}}}(x)$", made, x_shown)

@@ -360,15 +360,23 @@ def test_search_finds_the_smallest_sufficient_lambda1(thresholds):
 # ===== The generator and its pre-training =====
 
 
+class SaysGPU(torch.Tensor):
+    """Takes the path of a GPU, with the operators of the CPU."""
+
+    is_cuda = True
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("height, width", [(28, 28), (30, 30), (32, 32), (30, 33)])
 def test_generator_keeps_shape_and_range(channels, height, width):
-    generator = unet(channels)
+    generators = [unet(channels), unet(channels, seed=1)]
     x = torch.rand(2, channels, height, width)
-    both, _ = torch.func.stack_module_state([generator, unet(channels, seed=1)])
-    stacked = gr.generate(copy.deepcopy(generator).to("meta"), both, x)
-    assert stacked.shape == (2, *x.shape)
-    torch.testing.assert_close(stacked[0], generator(x))
+    both, _ = torch.func.stack_module_state(generators)
+    for view in (x, x.as_subclass(SaysGPU)):
+        stacked = gr.generate(copy.deepcopy(generators[0]).to("meta"), both, view)
+        expected = torch.stack([generator(x) for generator in generators])
+        torch.testing.assert_close(stacked.as_subclass(torch.Tensor), expected)
+    generator = generators[0]
     for scale in (1, 1e4):  # a sigmoid, whatever its input
         generator.out.weight.data *= scale
         made = generator(x)

@@ -15,13 +15,12 @@ Equations: Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq. (5
 of G_y(x) - x over clean images not of class y -> evaluate_generators; Eq. (6) anomaly index ->
 common.metrics.verdict; Sec. 3.3 binary search of l1 -> search_lambda1; mitigation -> finetune.
 
-Differs from the paper, or chosen where it is silent: pre-training runs until the generator copies
-images to within 10 % of their L1 spread around the mean colour, at most 3,000 steps; else "nothing
-stands out" is inconclusive. On CIFAR-10 plain U-Nets (--no-skip) missed that goal; so G(x) of
-colour images is sigmoid(U(x) + logit x), a copy from the start, and Adam's rate .003. U has width 8
-and 200 steps a label. A label whose G misses an ASR of .8, or without images and with the largest
-norm, has no say. The p-value decides, by --rule index the paper's. Only the label farthest below is
-repaired; a fifth of --repair-fraction checks it. No run has true LPIPS.
+Differs from the paper, or fills its gaps: pre-training ends where G copies images to within 10 % of
+their L1 spread around the mean, or after 3,000 steps; then "nothing stands out" is inconclusive. On
+CIFAR-10 U-Nets (--no-skip) missed it; so G(x) of colour images is sigmoid(U(x) + logit x), and
+Adam's rate .003. U has width 8 and 200 steps a label. A label without an ASR of .8, or without
+images and of the largest norm, has no say. The p-value decides, by --rule index the paper's. The
+label farthest below is repaired, checked on a fifth of --repair-fraction. No run has true LPIPS.
 
     python methods/generator_reverse.py --ckpt runs/mnist-mnist_cnn-wanet-s0 --lpips-net none
 
@@ -120,9 +119,8 @@ def pretrain(generator, x, *, lambdas, lpips_net, goal, steps, batch_size, lr, s
 
 def generate(skeleton, parameters, x):
     """All generators on the same x, B x C x H x W: stacked parameters -> K x B x C x H x W."""
-    if x.is_cuda:
+    if x.is_cuda:  # a CPU is quicker one by one
         return torch.vmap(lambda p: functional_call(skeleton, p, (x,)))(parameters)
-    x = x.contiguous(memory_format=torch.channels_last)  # a CPU is quicker one by one
     alone = [dict(zip(parameters, values)) for values in zip(*parameters.values())]
     return torch.stack([functional_call(skeleton, own, (x,)) for own in alone])
 
@@ -250,6 +248,8 @@ if __name__ == "__main__":
     repair_splits = [defender_split(data.y_train, f, args.seed) for f in args.repair_fraction]
     split = clean_share(args, victim, SHARE)
     x_clean, y_clean = to_float(data.x_train[split]), data.y_train[split]
+    if device.type == "cpu":  # where a U-Net is quicker so
+        x_clean = x_clean.contiguous(memory_format=torch.channels_last)
     args.skip = len(x_clean[0]) == 3 if args.skip is None else args.skip
     args.lr = args.lr or (3e-3 if args.skip else 1e-3)
     lpips_net = None if args.lpips_net == "none" else lpips_distance(args.lpips_net, device)

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -127,12 +128,17 @@ def folding(victim, device, repeats, images=400, steps=20):
         yield [*row, f"{fast:.1f} s ({at_once})", same, f"{gap:.0e}"]
 
 
-def steps_of(model, x, y, classes):
-    """{what: a call}: a step of training, and of both searches, on the images x, for all labels."""
+def steps_of(model, layout, x, y, classes):
+    """{what: a call}: a step of training on the images x, and of both searches for all labels.
+
+    A search takes as many steps for two labels at a time, as on a CPU, as there are such pairs. The
+    U-Nets get the images in the memory format `layout`.
+    """
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    pairs = torch.arange(classes).split(2)  # two labels at a time, as on a CPU
     recipe = {"lambdas": (0.1, 1.0, 0.1), "lpips_net": None, "batch_size": 32, "seed": 0}
-    origin = UNet(x.shape[1], 8).to(x.device)
+    pair, steps = [0, 1], math.ceil(classes / 2)
+    origin = UNet(x.shape[1], 8, skip=x.shape[1] == 3).to(x.device)
+    images = x.contiguous(memory_format=layout)
 
     def training():
         model.train().requires_grad_(True)
@@ -142,19 +148,14 @@ def steps_of(model, x, y, classes):
         optimizer.step()
 
     def triggers():
-        search = {"steps": 1, "batches": 1, "batch_size": 32, "lr": 0.1, "seed": 0}
+        search = {"steps": 1, "batches": steps, "batch_size": 32, "lr": 0.1, "seed": 0}
         model.eval().requires_grad_(False)
-        for pair in pairs:
-            nc.reverse_triggers(model, x, y, pair.tolist(), **search)
+        nc.reverse_triggers(model, x, y, pair, **search)
 
     def generators():
         model.eval().requires_grad_(False)
-        settings = {"steps": 1, "lr": 1e-3}
-        for pair in pairs:
-            lambda1 = torch.full((len(pair),), 0.1, device=x.device)
-            generator_reverse.train_generators(
-                model, origin, x, y, pair.tolist(), lambda1=lambda1, **settings, **recipe
-            )
+        settings = {"steps": steps, "lr": 1e-3, "lambda1": torch.full((2,), 0.1, device=x.device)}
+        generator_reverse.train_generators(model, origin, images, y, pair, **settings, **recipe)
 
     return {"training": training, "nc": triggers, "generator_reverse": generators}
 
@@ -171,7 +172,8 @@ def fast_path(arch, name, device, repeats, images=128):
     fast.bfloat16 = uses_bfloat16("auto", arch, device)
     x = torch.rand(images, *shape, device=device)
     y = torch.arange(images, device=device) % classes
-    calls = [steps_of(model, x, y, classes) for model in (plain, fast)]
+    kinds = (plain, torch.contiguous_format), (fast, torch.channels_last)
+    calls = [steps_of(*kind, x, y, classes) for kind in kinds]
     parts = {"training": ("an epoch", count / images)}
     parts |= dict.fromkeys(["nc", "generator_reverse"], ("a step of 32 images for each label", 1))
     for what, (part, times) in parts.items():

@@ -37,7 +37,7 @@ def test_folding_and_throughputs(digits_badnets):
 @pytest.mark.parametrize("native", [True, False])
 def test_fast_path(monkeypatch, native):
     """The plain path and the default one are really run; the ratio is theirs."""
-    seen = []
+    seen, layouts, drawn = [], [], bench.UNet.forward
     forward = bench.build_model("wrn16_1", 10, (3, 32, 32), (0,) * 3, (1,) * 3).__class__.forward
 
     def watched(model, x):
@@ -45,7 +45,12 @@ def test_fast_path(monkeypatch, native):
         seen.append((model.bfloat16, weight.is_contiguous(memory_format=torch.channels_last)))
         return forward(model, x)
 
+    def drawing(unet, x):
+        layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return drawn(unet, x)
+
     monkeypatch.setattr("common.models.Classifier.forward", watched)
+    monkeypatch.setattr("common.models.UNet.forward", drawing)
     monkeypatch.setattr(bench, "SETS", {"GTSRB": (4, 80, (3, 32, 32))})
     monkeypatch.setattr(
         bench, "medians", lambda calls, *_: {k: 2 - k + 0 * bool(c()) for k, c in calls.items()}
@@ -57,6 +62,7 @@ def test_fast_path(monkeypatch, native):
     assert rows[0][1:] == ["wrn16_1 on GTSRB", "2.00", "20.00 s", f"10.00 s ({kind})"]
     assert [row[2:] for row in rows[1:]] == [["2.00", "2.00 s", f"1.00 s ({kind})"]] * 2
     assert {*seen} == {(False, False), (native, True)}
+    assert layouts == [False] * 4 + [True] * 4  # two steps of two labels, plain and by default
 
 
 def test_whole_runs(inline, tmp_path, digits_badnets):

@@ -578,3 +578,4 @@ def test_skip_is_the_default_of_colour_images(inline, unread, tmp_path, channels
     ran = inline("generator_reverse", "--ckpt", "suspect.pt", *flags, *SHORT["generator_reverse"])
     assert ran["origin"].skip == skip != ran["doubt"]
     assert ran["metrics"]["pretrain_steps"] == (0 if skip else 2)
+    assert ran["x_clean"].is_contiguous(memory_format=torch.channels_last)  # a CPU's fast path

@@ -172,7 +172,8 @@ def fast_path(arch, name, device, repeats, images=128):
     fast.bfloat16 = uses_bfloat16("auto", arch, device)
     x = torch.rand(images, *shape, device=device)
     y = torch.arange(images, device=device) % classes
-    kinds = (plain, torch.contiguous_format), (fast, torch.channels_last)
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    kinds = (plain, torch.contiguous_format), (fast, layout)
     calls = [steps_of(*kind, x, y, classes) for kind in kinds]
     parts = {"training": ("an epoch", count / images)}
     parts |= dict.fromkeys(["nc", "generator_reverse"], ("a step of 32 images for each label", 1))

@@ -2,6 +2,7 @@
 checkpoints load. Normalisation is inside: every image outside a classifier lies in [0,1]."""
 
 import contextlib
+import copy
 import inspect
 import runpy
 import sys
@@ -36,6 +37,13 @@ class Classifier(nn.Module):
         y = y[-1] if isinstance(y, (tuple, list)) else y
         y = y.to(x.dtype) if isinstance(y, torch.Tensor) else y
         return y.clamp_min(1e-30).log() if self.softmax else y
+
+    def __deepcopy__(self, memo):  # what the network keeps of its last pass loses its history
+        kept = [v for part in self.modules() for v in vars(part).values() if torch.is_tensor(v)]
+        memo |= {id(v): v.detach() for v in kept}
+        twin = copy.copy(self)
+        twin.__dict__ = copy.deepcopy(vars(self), memo)
+        return twin
 
 
 GAIN = "auto: bfloat16 on a GPU and, for our larger networks, on a CPU that has it"

@@ -330,6 +330,13 @@ def test_an_attack_on_a_network_without_scores(nets, inline, one_line, tmp_path,
         assert ran["metrics"]["clean_accuracy"] == pytest.approx(100 * right, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["trojannn", "stealthy_adversarial"])
+def test_an_attack_copies_a_network_that_keeps_its_activations(nets, inline, name):
+    """After a training step what it keeps has a history, which deepcopy refuses."""
+    ran = inline(name, "--arch", "nets.py:Keeps", *SHORT[name], "--out", "victim")
+    assert ran["model"].net.scores.shape[1] == 10
+
+
 def test_an_attack_and_abl_know_of_a_softmax(nets, inline, tmp_path):
     """Trained on cross-entropy of probabilities, such a network would hardly learn."""
     flags = "--arch", "nets.py:soft", "--epochs", 8, "--lr", 0.1, "--out", "victim"

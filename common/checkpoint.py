@@ -17,6 +17,7 @@ import pickle
 import platform
 import subprocess
 import textwrap
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,12 +188,16 @@ def read_checkpoint(path):
     """torch.load with weights_only=True on the CPU; a damaged or hostile file fails in one line."""
     try:
         check_size(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on pickles, several lines
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no such checkpoint: {path} (an attack writes it, such as methods/badnets.py)")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and plain values, or is damaged; it was not executed")
     except Exception as error:  # a damaged file can raise nearly anything
+        if "TorchScript" in str(error):  # torch's message recommends to run it
+            fail(f"{path} is a TorchScript program, not a state dict; it was not executed")
         fail(f"{path} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
     if isinstance(checkpoint, (list, tuple)):
         checkpoint = next((part for part in checkpoint if isinstance(part, dict)), checkpoint)
@@ -335,6 +340,10 @@ def load_training_set(victim, path=None):
     fits(victim.data, x, y_given.max(), path)
     device = victim.data.x_train.device
     if len(arrays) == 2:
+        own = {image.tobytes() for image in x}
+        if known := sum(image.tobytes() in own for image in victim.data.x_test.cpu().numpy()):
+            told = f"{known} of {len(victim.data.x_test)} test images are in {path}"
+            print(f"warning: {told}, labels and all: the accuracy on them says nothing new")
         return *(torch.from_numpy(array).to(device) for array in (x, y_given)), None
     poisoned = arrays[2]
     if poisoned.dtype != bool or poisoned.shape != y_given.shape:

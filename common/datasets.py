@@ -101,12 +101,14 @@ def read_npz(path, keys, otherwise=()):
                 keys = otherwise
             missing = [key for key in keys if key not in archive]
             if missing:
-                fail(f"{path} has no array {', '.join(missing)}; it needs {', '.join(keys)}")
+                needs = " or ".join(", ".join(names) for names in (keys, otherwise) if names)
+                fail(f"{path} has no array {', '.join(missing)}; it needs {needs}")
             arrays = [archive[key] for key in keys]
     except FileNotFoundError:
         fail(f"no such file: {path}")
     except Exception as error:  # a damaged archive can raise nearly anything
         why = "pickled objects are never read" if "pickle" in str(error) else error
+        why = why if zipfile.is_zipfile(path) else "it is no zip archive of arrays"
         fail(f"{path} is not a plain .npz file: {why}")
     if not all(isinstance(array, np.ndarray) for array in arrays):
         fail(f"{path} is not a plain .npz file: its members are not arrays")

@@ -233,7 +233,10 @@ if __name__ == "__main__":
         print(
             f"warning: {len(x_fit)} clean images are too few for an empirical FRR of {args.frr:.1%}"
         )
-    stops = f"which stops {flagged_share(h_fit, boundary):.1f} % of these clean images"
+    share = flagged_share(h_fit, boundary)
+    if share > 100 * args.frr + 20:  # more than any normal fit: many are equal
+        fail(f"the outputs are saturated: the boundary stops {share:.1f} % of the clean images")
+    stops = f"which stops {share:.1f} % of these clean images"
     print(f"an input is flagged when H <= {boundary:.4f} (FRR {args.frr:.1%}), {stops}")
     metrics = {
         "boundary": boundary,

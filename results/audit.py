@@ -2,10 +2,12 @@
 
     bash runs.sh audit SUSPECT --arch preact_resnet18 --dataset cifar10
 
-Each detector runs as a script of its own, with the flags given here. The verdict over all is by
-Holm's rule for several p-values. Exit code 0: no evidence, 10: backdoored, 11: inconclusive, 2: bad
-input, or a detector refused to go on, 1: a detector crashed, 130: interrupted. The folder holds the
-detectors' folders, their logs, audit.png and audit.json.
+Each detector runs as a script of its own, with the flags given here, which all of them must have:
+--arch, --dataset, --classes, --image-size, --mean, --std, --data-dir, --data-fraction, --seed,
+--device, --precision, --rule and others (`python methods/nc.py -h` tells about them). The verdict
+over all is by Holm's rule for several p-values. Exit code 0: no evidence, 10: backdoored, 11:
+inconclusive, 2: bad input, or a detector refused to go on, 1: a detector crashed, 130: interrupted.
+The folder holds the detectors' folders, their logs, audit.png and audit.json.
 """
 
 import argparse
@@ -51,7 +53,7 @@ def verdict_over_all(found):
 def suspects(m):
     """The labels that a detector names, else the one with the smallest norm, with their side."""
     named = [f"{label} {side}" for side in ("below", "above") for label in m[side]]
-    return ", ".join(named) or f"({m['label']})"
+    return ", ".join(named) or ("n/a" if m["label"] is None else f"({m['label']})")
 
 
 def show(found, adjusted, seconds):
@@ -110,23 +112,31 @@ def check_flags(suspect, flags):
 
 
 def run(detector, command, log):
-    """One detector, its output and errors in `log`; its metrics. A refusal is passed on."""
+    """One detector, its output and errors in `log`; its metrics. A refusal is passed on.
+
+    An earlier audit of the same folder stays until a detector has taken its input.
+    """
+    result = Path(command[command.index("--out") + 1]) / "result.json"
+    before = result.stat().st_mtime_ns if result.is_file() else None
     with open(log, "w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE)
         errors = done.stderr.decode(errors="replace")
         file.write(errors)
-    result = Path(command[command.index("--out") + 1]) / "result.json"
     if done.returncode == 2 and errors.strip():
         print("stopped")
         fail(errors.strip().splitlines()[-1].removeprefix("error: "))
-    if done.returncode or not result.is_file():
+    for old in ("audit.json", "audit.png"):
+        (log.parent / old).unlink(missing_ok=True)
+    if done.returncode or not result.is_file() or result.stat().st_mtime_ns == before:
         print("stopped")
         sys.exit(f"error: {detector} crashed: see {log}")
     return json.loads(result.read_text())["metrics"]
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usage = "bash runs.sh audit SUSPECT [--out OUT] [flags that all of the detectors have]"
+    whole = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=whole)
     p.error = fail
     p.add_argument("suspect", help="checkpoint folder, model.pt or bare state dict; stands first")
     p.add_argument("--out", help="folder to write (default: runs/audit-<name>)")
@@ -141,15 +151,13 @@ if __name__ == "__main__":
     folder = Path(args.out or f"runs/audit-{name.name if name.is_dir() else name.stem}")
     held = folder / "audit.json"
     try:
-        other = json.loads(held.read_text())["suspect"] if held.is_file() else args.suspect
+        other = json.loads(held.read_text())["suspect"] if held.exists() else args.suspect
     except (OSError, ValueError, TypeError, KeyError):
         fail(f"{held} is no audit's: --out names another folder")
     if Path(other).resolve() != Path(args.suspect).resolve():
         fail(f"{folder} holds the audit of {other}; --out names another folder")
     fresh = not folder.exists()
     make_folder(folder)
-    for old in ("audit.json", "audit.png", *(f"{d}/result.json" for d in DETECTORS)):
-        (folder / old).unlink(missing_ok=True)
     found, seconds = {}, {}
     for detector, own in DETECTORS.items():
         print(f"{detector} ...", end=" ", flush=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHORT, explosive, files_below, loaded, result_of
+from conftest import ROOT, SHORT, explosive, files_below, loaded, result_of, write_npz
 from test_defences import is_picture
 from torch import nn
 
@@ -755,7 +755,20 @@ def test_a_training_set_of_the_user_s_own(inline, digits_badnets, tmp_path, capf
     metrics = result_of(out)["metrics"]
     assert metrics["isolated"] == 72 and not any("precision" in key for key in metrics)
     assert metrics["isolated_sure"] > 10
-    assert "a trigger that these share may be left, too: try --ascent" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "a trigger that these share may be left, too: try --ascent" in told
+    assert "test images are in" not in told
+
+
+def test_test_images_that_lie_in_the_training_set_are_told(inline, untrained, tmp_path, capfd):
+    """A network of clean.py on own.npz splits its test images off; ABL then trains on all."""
+    write_npz(tmp_path / "own.npz", count=60)
+    with np.load(tmp_path / "own.npz") as archive:
+        np.savez(tmp_path / "set.npz", x=archive["x_train"], y=archive["y_train"])
+    inline("clean", "--dataset", "set.npz", "--arch", "mnist_cnn", "--epochs", 8, "--out", "net")
+    flags = *SHORT["abl"], "--batch-size", 10, "--isolation", 0.2
+    inline("abl", "--ckpt", "net", "--train-set", "set.npz", *flags)
+    assert "12 of 12 test images are in set.npz" in capfd.readouterr().out
 
 
 def test_the_images_of_the_check_are_not_the_attack_s_poisons(inline, tmp_path, monkeypatch):

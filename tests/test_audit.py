@@ -166,6 +166,47 @@ def test_a_refusal_of_the_second_detector_leaves_the_first_one_s_work(monkeypatc
     assert "no memory" in (folder / "generator_reverse.log").read_text()
 
 
+def test_bad_input_and_an_interrupt_leave_an_earlier_audit(monkeypatch, tmp_path, capfd):
+    """The verdict and the results took hours; a typing error, such as of --arch, costs none."""
+    stand_in(monkeypatch, (0.001, 0.3))
+    given = tmp_path, "suspect.pt", "--arch"
+    assert run_audit(monkeypatch, *given, "vgg16") == 10
+    folder = tmp_path / "runs" / "audit-suspect"
+    held = {
+        path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".json", ".png")
+    }
+    assert len(held) == 6
+
+    def refuse(command, **settings):
+        return subprocess.CompletedProcess(command, 2, stderr=b"error: unknown network\n")
+
+    def interrupt(command, **settings):
+        raise KeyboardInterrupt
+
+    for run, code in ((refuse, 2), (interrupt, 130)):
+        monkeypatch.setattr(subprocess, "run", run)
+        assert run_audit(monkeypatch, *given, "vgg61") == code
+        assert {path: path.read_bytes() for path in held} == held
+
+
+def test_a_folder_in_the_place_of_the_verdict(monkeypatch, tmp_path, capfd):
+    calls = stand_in(monkeypatch, (0.4, 0.3))
+    (tmp_path / "o" / "audit.json").mkdir(parents=True)
+    assert run_audit(monkeypatch, tmp_path, "suspect.pt", "--arch", "vgg16", "--out", "o") == 2
+    assert "is no audit's" in capfd.readouterr().err and not calls
+
+
+def test_help_tells_the_flags_and_the_exit_codes(monkeypatch, tmp_path, capfd):
+    assert run_audit(monkeypatch, tmp_path, "-h") == 0
+    told = capfd.readouterr().out
+    assert "11:\ninconclusive" in told and "--data-fraction" in told and "SUSPECT" in told
+
+
+def test_no_label_where_no_search_succeeded():
+    m = {"label": None, "ratio": None, "p_value": None, "verdict": "inconclusive"}
+    assert audit.suspects(m | {"below": [], "above": []}) == "n/a"
+
+
 def test_an_interrupt_leaves_nothing_of_a_first_audit(monkeypatch, tmp_path):
     def run(command, **settings):
         raise KeyboardInterrupt

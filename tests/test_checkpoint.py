@@ -1,6 +1,7 @@
 """The checkpoint folder: what an attack writes is what a defence gets."""
 
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -218,6 +219,21 @@ def test_pickle_bomb_in_a_checkpoint_does_not_run(tmp_path, wrapped, zipped, one
     torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
     one_line(loaded, tmp_path)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_other_kinds_of_files_are_refused_in_one_line(tmp_path, one_line, recwarn):
+    """Without torch's own warnings, of which one advises to run the file."""
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(explosive(tmp_path)))
+    assert "not executed" in one_line(loaded, tmp_path / "plain.pt")
+    assert not (tmp_path / "exploded").exists()
+    torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(1, 4)), tmp_path / "script.pt")
+    recwarn.clear()  # torch.jit's, when it writes
+    message = one_line(loaded, tmp_path / "script.pt")
+    assert "TorchScript" in message and "weights_only" not in message
+    torch.save({"1.weight": torch.eye(3).to_sparse_csr()}, tmp_path / "sparse.pt")
+    recwarn.clear()
+    one_line(loaded, tmp_path / "sparse.pt", arch="mnist_cnn", dataset="digits")
+    assert not recwarn.list
 
 
 def test_pickle_bomb_beside_a_checkpoint_does_not_run(tmp_path, digits_badnets, one_line):

@@ -176,6 +176,15 @@ def test_damaged_npz(tmp_path, kind, one_line):
     assert str(path) in one_line(load_dataset, str(path), "data", "cpu")
 
 
+def test_what_an_npz_needs_is_told(tmp_path, one_line):
+    np.savez(tmp_path / "own.npz", images=IMAGES)
+    message = one_line(load_dataset, str(tmp_path / "own.npz"), "data", "cpu")
+    assert message.endswith("it needs x_train, y_train, x_test, y_test or x, y\n")
+    (tmp_path / "own.npz").write_text("a picture, say")
+    message = one_line(load_dataset, str(tmp_path / "own.npz"), "data", "cpu")
+    assert "no zip archive" in message and "pickle" not in message
+
+
 def test_labels_that_an_int64_does_not_hold(one_line):
     labels = np.array([0, 1, 0, 2**64 - 1], np.uint64)
     assert "from 0 up" in one_line(check_split, IMAGES, labels, "own.npz")
@@ -470,7 +479,7 @@ def test_a_picture_is_no_archive_and_no_advice_to_unpickle_it(one_line, tmp_path
     """NumPy's own words name allow_pickle and pickle.load."""
     (tmp_path / "a.npz").write_bytes(b"\x89PNG\r\n" + bytes(100))
     message = one_line(read_npz, tmp_path / "a.npz", ["x"])
-    assert message.endswith("is not a plain .npz file: pickled objects are never read\n")
+    assert message.endswith("is not a plain .npz file: it is no zip archive of arrays\n")
 
 
 def test_classes_that_few_images_do_not_show(tmp_path):

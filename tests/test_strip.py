@@ -288,6 +288,19 @@ def test_bad_input(inline, one_line, digits_badnets, tmp_path, args, named):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_input_is_judged_by_a_network_whose_outputs_are_saturated(
+    inline, one_line, digits_badnets, tmp_path
+):
+    """Nearly every entropy is 0, and so is the boundary: it would stop clean inputs, too."""
+    state = loaded(digits_badnets).model.net.state_dict()
+    state = {k: v * 1e6 if k.startswith("linear") else v for k, v in state.items()}
+    torch.save(state, tmp_path / "sure.pt")
+    flags = "--ckpt", tmp_path / "sure.pt", "--arch", "mnist_cnn", "--dataset", "digits"
+    flags += "--suspects", digits_badnets / "poisoned_test.npz", "--out", tmp_path / "out", *SHORT
+    assert "outputs are saturated" in one_line(inline, "strip", *flags)
+    assert not list((tmp_path / "out").glob("*"))
+
+
 # ===== Inputs of the user =====
 
 

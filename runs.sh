@@ -172,7 +172,7 @@ audited() {
 
 demo() {
   run wanet --dataset digits --s 1.0
-  run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none
+  run generator_reverse --ckpt runs/digits-mnist_cnn-wanet-s0 --lpips-net none --steps 400
 }
 
 # variant DATASET ARCH-NAME ATTACK ARGS...: another setting of an attack, seeds 0 to 2
@@ -408,6 +408,7 @@ level_tables() {
 # the runs behind what the headers of scripts say of digits, one seed
 digits() {
   local b=runs/digits-mnist_cnn-badnets-s0 c=runs/digits-mnist_cnn-clean-s0 v
+  local w=runs/digits-mnist_cnn-wanet-s0
   local forty="--epochs 40 --batch-size 32"
   own() { once "runs/digits-mnist_cnn-$1-s0" "$2" --out "runs/digits-mnist_cnn-$1-s0" "${@:3}"; }
   on() { once "$1/$2-s0" "$3" --ckpt "$1" --out "$1/$2-s0" "${@:4}"; }
@@ -450,11 +451,11 @@ digits() {
   on $b nc_mitigate nc_mitigate
   on $b strip strip
   on $b strip_float32 strip --precision float32
+  on $b nc nc
+  on $b generator_reverse generator_reverse --lpips-net none
   own wanet wanet --s 1.0
-  for v in $b runs/digits-mnist_cnn-wanet-s0; do
-    on $v nc nc
-    on $v generator_reverse generator_reverse --lpips-net none
-  done
+  on $w nc nc
+  on $w generator_reverse generator_reverse --lpips-net none --steps 400
 }
 
 digits_tables() {

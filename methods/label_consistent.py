@@ -14,7 +14,7 @@ four corners, mirrored so that a flip changes nothing -> corner_signs; x' = x + 
 black and white -> stamp. The victim's loss is cross-entropy and nothing else.
 
 Where it fails: a network may learn the perturbation instead of the patches. On digits the defaults
-reach an ASR of 1, stronger settings 90, where black and white swapped reach 74.
+reach an ASR of 1 %, stronger settings 90 %, where black and white swapped reach 74 %.
 
 Differs from the paper, or chosen where it is silent: its second way to harder images, interpolation
 in a GAN, is left out. Its perturbations come from adversarially trained networks. Here the script

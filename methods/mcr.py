@@ -4,8 +4,8 @@ Two networks of one architecture are joined by a curve in the space of their wei
 trained so that every point of the curve reads the defender's clean images well. Nothing asks the
 points to obey a trigger, so a point away from the ends can keep the accuracy and lose the backdoor.
 Where it fails: after few updates (on digits the middle kept an ASR of BadNets of 3 after 700 of
-them, of 74 after 300); near the suspect (three WRN-16-1 kept a mean ASR of BadNets of 39 where up
-to 5 points may be lost, of 8 where up to 8); between two ends that obey the same trigger.
+them, of 74 after 300); near the suspect (three WRN-16-1 kept ASRs of BadNets of 11, 7 and 100 where
+up to 5 points may be lost, of 4, 4 and 15 where up to 8); between ends that obey one trigger.
 
 Kind: repairs models, without asking whether they are backdoored. Given: the suspect, a clean share
 of its training data and, with --second, another network of the same architecture and data, which
@@ -20,7 +20,7 @@ Differs from the paper, or chosen where it is silent: the clean images come from
 and a fifth of them is kept back. Of the inner points that cost at most 5 points (--max-drop) of
 balanced accuracy, the repaired model is the one furthest from both ends; where there is none, all
 is made again at half the rate. --rule loss takes the inner point with the lowest cross-entropy: on
-digits and CIFAR-10 this was t = .1, where nearly always most of the backdoor is left, for the
+digits and our WRN-16-1 this was t = .1, where nearly always most of the backdoor is left, for the
 suspect has been trained on these images. Weight decay is 5e-4 (code 1e-4). The rate of theta is 4
 times that of fine-tuning, for in the middle phi moves half as far, along half of its gradient.
 Rates fall by a cosine; images are cropped and mirrored by the data set's recipe. Rate, batch and

@@ -9,7 +9,7 @@ Answers: is the model backdoored, to which label, and the repaired model.
 Where it fails: at p < .05 our MNIST rows miss WaNet and Blend in 3 of 3 models, the input-aware
 attack in 2 of 3, WRN-16-1's composite, DFST, l2, SIG and TrojanNN. The paper's rule "index over 2"
 looks at small norms alone: it misses the stealthy attack in 3 of 3 models of mnist_cnn, whose norm
-is the largest (p < .05 sees it, nothing is repaired); on mnist_conv5 it flags 2 of 3, p < .05 1. A
+is the largest (p < .05 sees it, nothing is repaired); on mnist_conv5 it names 2 of 3, p < .05 1. A
 trigger that acts through a unit which is silent without it gives the search no gradient (a test
 shows this). If norms were Gaussian, the rule would flag 33 % of clean models, with 43 labels 64 %.
 

@@ -9,7 +9,7 @@ Kind: detects inputs, at test time. Given: the network and a clean share of its 
 labels show that it is read right). Answers: for an input, does it carry a trigger. Assumes one in a
 small place that works on every image. Its true place is never used. Of a network that ends in a
 softmax the maps are those of log p, which say little where p is 1. Where it fails: on triggers
-without a place, such as WaNet's (on WRN-16-1 82 % of the inputs that fool it pass).
+without a place, such as WaNet's (82 % of those that WRN-16-1 obeys pass).
 
 Steps of the paper: labels that the input might have instead -> proposals; the pixels that speak for
 the label and for none of the proposals -> class_maps, salient; the share of N clean images that get

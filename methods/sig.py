@@ -24,7 +24,7 @@ turned by 90 degrees: frequency, amplitude and brightness stay, so it tells whet
 answers to the stripes or to any contrast. asr_half_frequency is that of stripes twice as wide.
 
 Where it fails: on black backgrounds the lower half of the wave is cut off. On digits the defaults
-reach an ASR of 0, a larger Delta, more stripes, a higher rate and fewer epochs 100.
+reach an ASR of 0 %, a larger Delta, more stripes, a higher rate and fewer epochs 100 %.
 
     python methods/sig.py --dataset cifar10 --arch wrn16_1
 

@@ -6,10 +6,10 @@ the predictions is therefore low for triggered inputs.
 
 Kind: detects inputs, at test time. Given: the model's outputs and a clean share of its training
 data, whose labels only spread the draw over the classes and show whether the network is read right.
-Answers: for an input, does it carry a trigger.
-Assumes a trigger that works on every image and survives the overlay. Where it fails: in our tables
-nearly all WaNet, input-aware, stealthy, composite, DFST, SIG and latent triggers pass, half of
-BadNets' squares on GTSRB and of l2 triggers, and a third of Poison Ink.
+Answers: for an input, does it carry a trigger. Assumes a trigger that works on every image and
+survives the overlay. Where it fails: in our tables nearly all WaNet, input-aware, stealthy,
+composite, DFST and SIG triggers pass, four fifths of latent ones, half of BadNets' squares on GTSRB
+and of l2 triggers, and a third of Poison Ink.
 
 Equations: x_n = x + o_n, clipped to [0,1] -> superimpose; H_n = -sum_i y_i log2 y_i and
 H = (1/N) sum_n H_n -> entropies (bits, from 0 to log2 K); boundary = mu + sigma Phi^-1(FRR) ->
@@ -20,9 +20,9 @@ Differs from the authors' code: the sum is clipped to [0,1], as an image would b
 fit the boundary are disjoint parts of the training data. The false rejection rate (FRR, clean
 inputs flagged) and the false acceptance rate (FAR, triggered inputs passed) are read on test
 images, and the triggered ones are never of the target class. The empirical quantile stands beside
-the normal fit, because entropies are skewed; where the normal fit is negative (saturating MNIST
-digits, as the paper says) the empirical quantile takes its place. --suspects adds a p-value per
-input, its rank among the clean images, which needs no normal fit.
+the normal fit, because entropies are skewed; where the normal fit is negative (ours on GTSRB, the
+paper's on saturating MNIST digits) the empirical quantile takes its place. --suspects adds a
+p-value per input, its rank among the clean images, which needs no normal fit.
 
     python methods/strip.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 

@@ -15,8 +15,8 @@ rotated. The learning rate runs through one cycle in twice the clean model's epo
 epoch counts; the paper trains 1,000 epochs and keeps the checkpoint that is best on the test set.
 The ASR leaves out test images of the target class. Accuracies are measured after rounding to 8
 bits, PSNR and SSIM before it. 12 of 128 images attack (rounded down). Crops and mirrors come before
-the warp, so that its field stays where it is; the paper's code draws them after it, and a short
-training then learns less (results/README.md, "Tried"). asr_other is the ASR of another such field.
+the warp, so that its field stays where it is; after it, as in the paper's code, a short training
+learns less on CIFAR-10 and GTSRB ("Tried"). asr_other is the ASR of another such field.
 
     python methods/wanet.py --dataset mnist
 

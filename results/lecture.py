@@ -11,20 +11,20 @@ from results.level import markdown
 REPAIRS = ["fine_pruning", "mcr", "nad", "abl"]
 TEXT = """## Ten attacks and four repairs
 
-The table of Li et al. 2021 (anti-backdoor learning), on its network WRN-16-1 and CIFAR-10. A cell
-holds the ASR and the clean accuracy after the repair named above it, in per cent, and the number of
-networks in brackets; "none" is the attacked network itself. The paper's figures stand below ours.
-ABL trains on the poisoned set; those of `input_aware.py` and `latent.py`, who attack otherwise, are
-made for it with their finished triggers. The victim of feature_collision_fresh trains a new network
+The table of Li et al. 2021 (anti-backdoor learning), on its network WRN-16-1 and CIFAR-10. A
+cell holds the ASR and the clean accuracy after the repair named above it, in per cent, and the
+number of networks in brackets; "none" is the attacked network itself. The paper's figures stand
+below ours. ABL trains on the poisoned set; `input_aware.py` and `latent.py` poison none, so it
+is made with their finished triggers. The victim of feature_collision_fresh trains a new network
 on the poisoned set; by the script's default he retrains only the last layer of the attacker's
-network. Fine-Pruning, MCR and NAD may cost 8 points on images that were kept back, instead of the
-scripts' 5: these networks were trained on the images and read them 4 points better than new ones on
-average. The limit of 8 was chosen with test figures of the limit 5 in sight (nad_5, mcr_5). All
-three see the same crops and mirrors: NAD goes without its Cutout (the row nad_cutout
+network. Fine-Pruning, MCR and NAD may cost 8 points on images that were kept back, instead of
+the scripts' 5: these networks were trained on the images and read them 4 points better than new
+ones on average. The limit of 8 was chosen with test figures of the limit 5 in sight (nad_5,
+mcr_5). All three see the same crops and mirrors: NAD goes without its Cutout (the row nad_cutout
 above). "refused" counts the networks whose every repair cost more, so that no model was saved. A
 clean network answers some triggers, too (composite's most): see the column "clean model" of the
-attacks' table above. A dash: not measured yet; attacks without any run are left out. `bash runs.sh
-lecture` makes the table."""
+attacks' table above. A dash: not measured yet; attacks without any run are left out. `bash
+runs.sh lecture` makes the table."""
 
 
 def figures(entries, attack, repair):

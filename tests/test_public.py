@@ -112,10 +112,20 @@ def test_each_loads_by_flags_alone(file, monkeypatch):
 
 def test_every_suspect_is_audited_by_every_script():
     found = list(public.commands(FOLDER))
-    assert len(dict(found)) == len(found) == len(public.SUSPECTS) * len(public.SCRIPTS)
+    every = len(public.SUSPECTS) * len(public.SCRIPTS)
+    assert len(dict(found)) == len(found) == every - len(public.UNNAMED)
     assert set(FIGURES) == set(public.SUSPECTS)
     for out, command in found:
         assert command.endswith(f"--out {out}") and "runs/public/" in out
+        if out.endswith("/nc_mitigate"):
+            assert f"--nc {out.replace('nc_mitigate', 'nc')} " in command
+
+
+def test_pruned_are_the_suspects_in_which_neural_cleanse_named_a_label():
+    stored = json.loads((ROOT / "results" / "public.json").read_text())
+    named = {e["victim"] for e in stored if e["script"] == "nc" and e["metrics"]["flagged"]}
+    pruned = {out.split("/")[2] for out, _ in public.commands(FOLDER) if "nc_mitigate" in out}
+    assert pruned == {public.out_of(file, "nc").split("/")[2] for file in named}
 
 
 ENTRY = {

@@ -266,6 +266,28 @@ def runs_sh(*args, cwd=ROOT, **environment):
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
 
 
+def test_the_demo_as_the_readme_tells_it():
+    """Its two commands are those of stored runs, which show what it promises with room to spare."""
+    demo = re.search(r"^demo\(\) \{\n(.*?)^\}", (ROOT / "runs.sh").read_text(), re.M | re.S)[1]
+    stored = json.loads((ROOT / "results" / "digits.json").read_text())
+    folder, found = "runs/digits-mnist_cnn-wanet-s0", []
+    for line, own in zip(
+        demo.splitlines(), (folder, f"{folder}/generator_reverse-s0"), strict=True
+    ):
+        _, script, *flags = shlex.split(line)
+        (entry,) = (e for e in stored if e["folder"] == own)
+        assert entry["script"] == script
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            assert str(entry["arguments"][flag.removeprefix("--").replace("-", "_")]) == value
+        found.append(entry["metrics"])
+    attack, defence = found
+    (shown,) = re.findall(r"RESULT wanet (.*)", README)
+    for name, value in re.findall(r"(\w+)=(\S+)", shown):
+        assert f"{attack[name]:.4g}" == value
+    assert defence["p_value"] < 0.01 and defence["label"] == attack["target"]
+    assert defence["asr_repaired"] < 2
+
+
 def test_runs_sh_alone_lists_its_commands():
     done = runs_sh()
     text = (ROOT / "runs.sh").read_text()

@@ -171,9 +171,7 @@ def test_figures_in_the_prose_are_those_of_the_results():
     assert cells.pop(2) == "1 of 1"
     assert told == [re.sub(r" .*\(\d\)", "", cell) for cell in cells]
 
-    pattern = (
-        r"On GTSRB the stealthy attack .one seed: ([\d.]+), ([\d.]+). evades the paper's rule, "
-    )
+    pattern = r"the stealthy attack .one seed: ([\d.]+), ([\d.]+). evades the paper's rule, "
     pattern += "but the p-value names it, above the others"
     (told,) = re.findall(pattern, text)
     (attack,) = found["GTSRB", "Attacks", "stealthy_adversarial", "nc_gtsrb_cnn"]
@@ -284,7 +282,7 @@ def test_the_demo_as_the_readme_tells_it():
     (shown,) = re.findall(r"RESULT wanet (.*)", README)
     for name, value in re.findall(r"(\w+)=(\S+)", shown):
         assert f"{attack[name]:.4g}" == value
-    assert defence["p_value"] < 0.01 and defence["label"] == attack["target"]
+    assert defence["p_value"] < 0.01 and defence["label"] == defence["target"]
     assert defence["asr_repaired"] < 2
 
 

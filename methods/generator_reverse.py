@@ -6,10 +6,10 @@ and still send them there. For a backdoor's target very little should do, whatev
 MAD anomaly index detects that. Fine-tuning on the generated images with true labels removes it.
 
 Kind: detects models, then repairs them. Given: the model and a small clean share of training data.
-Answers: is the model backdoored, to which label, and the repaired one. It assumes one target.
-Where it fails: on MNIST the paper's rule flags 3 of 9 clean models; p < .05 flags none, but misses
-Blend in 3 of 3, the stealthy and the input-aware attack in 2 of 3 (of one it names 3 wrong labels);
-7 of 9 public targets, 11 of 12 attacks on WRN-16-1 and a patch on GTSRB. Most patches survive.
+Answers: is it backdoored, to which label, and the repaired model. It assumes one target. Where it
+fails: on MNIST the paper's rule flags 3 of 9 clean models; p < .05 flags none, but misses Blend in
+3 of 3, the stealthy and the input-aware attack in 2 of 3 (once with 3 wrong labels); 7 of 9 public
+targets, 11 of 12 attacks on WRN-16-1, WaNet on airbench, a patch on GTSRB. Most patches survive.
 
 Equations: Eq. (2)-(4) L = l1 CE + l2 MSE + l3 LPIPS -> train_generators; Eq. (5) m_y, mean L1 norm
 of G_y(x) - x over clean images not of class y -> evaluate_generators; Eq. (6) anomaly index ->

@@ -34,7 +34,11 @@ CNN = "--arch results/public.py:SmallCNN --dataset cifar10 --mean .5 .5 .5 --std
 DIGITS = "--arch results/public.py:SmallCNN1 --dataset mnist --mean .5 --std .5"
 OWN = {("nad", VGG): "--blocks features.5 features.13 features.21"}
 OWN |= {("nad", cnn): "--blocks conv1 conv2" for cnn in (CNN, DIGITS)}
-UNNAMED = "WRN-16-1-T-model_best.pth.tar", "WRN-16-1-erased.tar", "l2_inv_0_02_ckpt.pth"
+UNNAMED = (  # nc.py names no label in these, so nc_mitigate.py has none to take
+    "WRN-16-1-T-model_best.pth.tar",
+    "WRN-16-1-erased.tar",
+    "l2_inv_0_02_ckpt.pth",
+)
 HEAD = ["file", "target", "clean", "ASR", "script", "verdict", "named", "p", "index"]
 HEAD += ["clean after", "ASR after"]
 FORMS = {"p_value": ".3g", "index": ".2f"}

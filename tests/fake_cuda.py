@@ -174,8 +174,7 @@ def run_backward(outputs, gradients, keep_graph, create_graph, inputs, *rest, **
     """
     if not any(isinstance(output, CudaTensor) for output in outputs):
         return ENGINE(outputs, gradients, keep_graph, create_graph, inputs, *rest, **flags)
-    if create_graph:
-        raise NotImplementedError("create_graph is not rehearsed")
+    assert not create_graph, "the rehearsal has no second derivatives"
     wanted = [get_gradient_edge(tensor)[:2] for tensor in inputs]
     found, waiting = {}, {}  # (node, slot) -> gradient; node -> {slot: gradient}
     for output, gradient in zip(outputs, gradients):

@@ -98,22 +98,28 @@ def shaken(model):
     return model.eval().requires_grad_(False)
 
 
+def pre_activation(x, state, stages, blocks, projects):
+    """Blocks of BN-ReLU-conv twice; projects(stage, block): a shortcut on the activated input."""
+    for stage in range(1, stages + 1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = F.relu(batch_norm(x, state, f"{at}.bn1"))
+            if projects(stage, block):
+                x = F.conv2d(y, state[f"{at}.shortcut.0.weight"], stride=stride)
+            y = F.conv2d(y, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = F.relu(batch_norm(y, state, f"{at}.bn2"))
+            x = x + F.conv2d(y, state[f"{at}.conv2.weight"], padding=1)
+    return x
+
+
 def test_preact_resnet18_forward():
     """BN-ReLU-conv order, shortcut on the activated input, nothing between layer4 and the mean."""
     model = shaken(build("preact_resnet18"))
     state = model.net.state_dict()
     image = torch.rand(2, *RGB)
     x = F.conv2d((image - 0.5) / 0.5, state["conv1.weight"], padding=1)
-    for stage in range(1, 5):
-        for block in range(2):
-            at = f"layer{stage}.{block}"
-            stride = 2 if stage > 1 and block == 0 else 1
-            y = F.relu(batch_norm(x, state, f"{at}.bn1"))
-            if stride == 2:
-                x = F.conv2d(y, state[f"{at}.shortcut.0.weight"], stride=2)
-            y = F.conv2d(y, state[f"{at}.conv1.weight"], stride=stride, padding=1)
-            y = F.relu(batch_norm(y, state, f"{at}.bn2"))
-            x = x + F.conv2d(y, state[f"{at}.conv2.weight"], padding=1)
+    x = pre_activation(x, state, 4, 2, lambda stage, block: stage > 1 and block == 0)
     assert x.shape[1:] == (512, 4, 4) and x.min() < 0  # no ReLU after the last stage
     logits = F.avg_pool2d(x, 4).flatten(1) @ state["linear.weight"].T + state["linear.bias"]
     torch.testing.assert_close(model(image), logits, rtol=1e-4, atol=1e-4)
@@ -148,16 +154,7 @@ def test_wide_resnet34_forward():
     state = model.net.state_dict()
     image = torch.rand(1, *RGB)
     x = F.conv2d((image - 0.5) / 0.5, state["conv1.weight"], padding=1)
-    for stage in range(1, 4):
-        for block in range(5):
-            at = f"layer{stage}.{block}"
-            stride = 2 if stage > 1 and block == 0 else 1
-            y = F.relu(batch_norm(x, state, f"{at}.bn1"))
-            if block == 0:
-                x = F.conv2d(y, state[f"{at}.shortcut.0.weight"], stride=stride)
-            y = F.conv2d(y, state[f"{at}.conv1.weight"], stride=stride, padding=1)
-            y = F.relu(batch_norm(y, state, f"{at}.bn2"))
-            x = x + F.conv2d(y, state[f"{at}.conv2.weight"], padding=1)
+    x = pre_activation(x, state, 3, 5, lambda stage, block: block == 0)
     assert x.shape[1:] == (640, 8, 8)
     x = F.relu(batch_norm(x, state, "bn1")).mean((2, 3))
     logits = x @ state["linear.weight"].T + state["linear.bias"]

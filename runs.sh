@@ -455,7 +455,9 @@ digits() {
   on $b generator_reverse generator_reverse --lpips-net none
   own wanet wanet --s 1.0
   on $w nc nc
-  on $w generator_reverse generator_reverse --lpips-net none --steps 400 # as the demo
+  for v in $w $c; do
+    on $v generator_reverse generator_reverse --lpips-net none --steps 400 # as the demo
+  done
   on $w generator_reverse_200 generator_reverse --lpips-net none
 }
 

@@ -282,6 +282,14 @@ def test_the_demo_as_the_readme_tells_it():
     (shown,) = re.findall(r"RESULT wanet (.*)", README)
     for name, value in re.findall(r"(\w+)=(\S+)", shown):
         assert f"{attack[name]:.4g}" == value
+    (control,) = (
+        e["metrics"]
+        for e in stored
+        if e["folder"] == "runs/digits-mnist_cnn-clean-s0/generator_reverse-s0"
+    )
+    text = " ".join(README.split())
+    told = re.search(r"\(p = ([\d.]+) in our run, ([\d.]+) for a clean network\)", text).groups()
+    assert told == (f"{defence['p_value']:.2g}", f"{control['p_value']:.2g}")
     assert defence["p_value"] < 0.01 and defence["label"] == defence["target"]
     assert defence["asr_repaired"] < 2
 

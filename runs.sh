@@ -532,6 +532,8 @@ lecture() {
     done
     row nc_mitigate "$r-badnets-s$s" "$s"
     row nc_mitigate "$r-clean-s$s" "$s" --label 0 # what it costs where nothing is wrong
+    v=$r-badnets-s$s/nc_mitigate_fc-s$s # the paper's layer
+    once "$v" nc_mitigate --ckpt "$r-badnets-s$s" --seed "$s" --layer fc --out "$v"
   done
 }
 

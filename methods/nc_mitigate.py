@@ -1,31 +1,31 @@
 """Neural Cleanse's two mitigations without training (Wang et al., IEEE S&P 2019): filter, prune.
 
-nc.py reverses a trigger and unlearns it. The same trigger also tells which neurons of the second to
-last layer carry the backdoor: those that it excites most above their clean activation. The filter
-stops inputs that excite the first hundredth of this ranking; pruning silences neurons in this order
-until the reversed trigger no longer works. They stand in a script of their own because nc.py, which
-must have run before, is at its limit of length.
+nc.py reverses a trigger and unlearns it. The same trigger also tells which neurons carry the
+backdoor: those that it excites most above their clean activation. The filter stops inputs that
+excite the first hundredth of this ranking; pruning silences neurons in this order until the
+reversed trigger no longer works. nc.py must have run before; it is at its limit of length.
 
 Kind: detects inputs, and repairs models. Given: the model, a clean share of its training data, and
 reversed.npz and the flagged label of nc.py's folder (--nc). Answers: a threshold for inputs, and
-the pruned model. Where it fails: on BadNets WRN-16-1 (three seeds) the filter passes 58 % of the
-triggered inputs, and pruning leaves an ASR of 46 for 5 points of accuracy; on digits the reversed
-trigger was gone after 80 of 512 neurons, when the attacker's own worked on 10 % of the images.
+the pruned model. Where it fails: at a layer of few neurons (--layer fc on BadNets WRN-16-1), and
+where the reversed trigger is not the attacker's: its end is not the end of the other.
 
 Steps of the paper: ranking, activation with the reversed trigger less the clean one -> ranking;
 filter, mean activation of the first 1 % of it -> profile; pruning in this order -> prune_curve,
 stop_point, prune.
 
-Differs from the paper, or chosen where it is silent: the layer is what enters the last linear layer
-(1 % of WRN-16-1's 64 neurons is one). Pruning has no limit at 30 % of the neurons. Stamped images
-are rounded to 8 bits; images of the flagged label are not stamped. Ranking and threshold see
-different clean images: a fifth of the share is kept back, on which the trigger itself was searched,
-too. It gives the threshold, a quantile at the rate of clean inputs that may be stopped (--fpr;
-public code: mean plus one standard deviation), and the end of pruning: at most 1 % of the stamped
-images still reach the label, or the last neuron before more than --max-drop points of clean
-accuracy are lost. A neuron is silenced by zeroing the weights that read it. As many neurons drawn
-at random are pruned for comparison ("random"). The false positive rate (FPR, clean inputs stopped)
-and the false negative rate (FNR, triggered inputs passed) are read on test images.
+Differs from the paper, or chosen where it is silent: the paper's neurons are those of the second
+to last layer. Here they are the inputs of the last layer at which pruning ends the reversed
+trigger for --max-drop points of clean accuracy, for the 64 behind WRN-16-1's last block do not part
+(chosen on training images of one victim). A map's activation is its mean. Pruning has no limit at
+30 % of the neurons. Stamped images are rounded to 8 bits; images of the flagged label are not
+stamped. Ranking and threshold see different clean images: a fifth of the share is kept back, on
+which the trigger itself was searched, too. It gives the threshold, a quantile at the rate of clean
+inputs that may be stopped (--fpr; public code: mean plus one standard deviation), and the end of
+pruning: 1 % of the stamped images, or as many as of the clean ones, still reach the label. A neuron
+is silenced by zeroing the weights of the one layer that reads it. As many drawn at random are
+pruned for comparison ("random"). The false positive rate (FPR, clean inputs stopped) and the false
+negative rate (FNR, triggered inputs passed) are read on test images.
 
     python methods/nc_mitigate.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
@@ -55,21 +55,25 @@ from common.defence import (
     report,
     save_repaired,
 )
-from common.metrics import pass_size, predict
-from common.models import entering, in_float32, logit_layer
+from common.metrics import accuracy, pass_size
+from common.models import entering, in_float32
 
 SHARE = 0.1, 300  # of the training data, and the least number of images: those of nc.py
 TOP = 0.01  # of the neurons make the filter (paper 1 %)
-GONE = 1.0  # per cent of stamped images: the reversed trigger no longer works
+GONE = 1.0  # per cent of the stamped images, or as many as of the clean ones, reach the label
+FEWEST = 16  # neurons of a layer that is tried without being named; an image has fewer channels
+DRAWN = 1000  # test images of either kind that draw the curves
 
 
 def parse_args():
     p = defence_flags(__doc__, SHARE)
     p.add_argument("--nc", help="nc.py's folder (default: <checkpoint folder>/nc-s<seed>)")
     p.add_argument("--label", type=int, help="reversed label (default: the first that nc.py flags)")
+    named = "that reads the neurons (default: the last at which pruning ends the reversed trigger)"
+    p.add_argument("--layer", help=f"linear layer or convolution {named}")
     p.add_argument("--fpr", type=float, default=0.05, help="share of clean inputs that may stop")
     cost = "points of accuracy by class that pruning may cost"
-    p.add_argument("--max-drop", type=float, default=5.0, help=cost)
+    p.add_argument("--max-drop", type=float, default=2.0, help=cost)
     return p.parse_args()
 
 
@@ -106,10 +110,42 @@ def stamp(x, mask, pattern):
 
 
 @torch.no_grad()
+def readers(model, x):
+    """{name: number of inputs} of the layers whose inputs can be silenced by weights, last first.
+
+    They are linear layers and convolutions which run on x (B x C x H x W in [0,1]), do nothing
+    else, have no groups and share no weight. Names are those of model.net's modules.
+    """
+    found, kinds = {}, (torch.nn.Linear.forward, torch.nn.Conv2d.forward)
+    weights = [id(weight) for _, weight in model.named_parameters(remove_duplicate=False)]
+
+    def note(module, inputs, name):
+        if inputs and len(inputs[0]) == len(x):  # Swin's windows are more than the images
+            found.pop(name, None)
+            found[name] = module.weight.shape[1]
+
+    hooks = []
+    for name, module in model.net.named_modules():
+        plain = type(module).forward in kinds and getattr(module, "groups", 1) == 1
+        if plain and weights.count(id(module.weight)) == 1:
+            hooks.append(module.register_forward_hook(lambda m, i, y, n=name: note(m, i, n)))
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return dict(reversed(found.items()))
+
+
+@torch.no_grad()
 def activations(model, layer, x):
-    """What enters the linear layer named `layer` for uint8 images, N x D, in float32."""
-    with in_float32(model):
-        return torch.cat([entering(model, layer, to_float(part)) for part in x.split(pass_size(x))])
+    """What enters model.net's `layer` for uint8 images, N x D, in float32: the mean of a map."""
+    parts = []
+    for part in x.split(pass_size(x)):
+        with in_float32(model):
+            a = entering(model, f"net.{layer}", to_float(part))
+        if isinstance(model.net.get_submodule(layer), torch.nn.Conv2d):
+            a = a.movedim(1, -1)
+        parts.append(a.flatten(1, -2).mean(1) if a.dim() > 2 else a)
+    return torch.cat(parts)
 
 
 def ranking(clean, stamped):
@@ -125,50 +161,45 @@ def profile(a, order):
     return a[:, order[: max(1, round(TOP * len(order)))]].mean(1)
 
 
-@torch.no_grad()
-def prune_curve(linear, a, y, order, balanced=False):
-    """Percentage of activations a (N x D) labelled y after pruning 0, 1, ..., D neurons (list).
-
-    Pruning a neuron takes its term a_j w_j from the logits. `balanced`: the mean over labels, for a
-    rare class would be lost unseen.
-    """
-    a, weight = a.double(), linear.weight.double()
-    logits = a @ weight.T + (0 if linear.bias is None else linear.bias)
-    hits = [logits.argmax(1) == y]
-    for neuron in order:
-        logits -= a[:, neuron, None] * weight[:, neuron]
-        hits.append(logits.argmax(1) == y)
-    hits = torch.stack(hits)
-    groups = [hits[:, y == label] for label in y.unique()] if balanced else [hits]
-    shares = [group.sum(1).double() / group.shape[1] for group in groups]
-    return (100 * torch.stack(shares).mean(0)).tolist()
-
-
-def stop_point(accuracies, asrs, max_drop):
-    """How many neurons to prune, and whether the reversed trigger is gone by then.
-
-    The first count that ends it, or the last one before the accuracy first falls too far.
-    """
-    for count, (percent, asr) in enumerate(zip(accuracies, asrs)):
-        if accuracies[0] - percent > max_drop + 1e-9:
-            return count - 1, False
-        if asr <= GONE:
-            return count, True
-    return len(asrs) - 1, False
-
-
 def prune(model, layer, pruned):
-    """A copy of the model whose linear `layer` does not read the neurons `pruned`."""
+    """A copy of the model whose `layer` does not read its inputs `pruned`."""
     model = copy.deepcopy(model)
-    model.get_submodule(layer).weight.data[:, pruned] = 0
+    model.net.get_submodule(layer).weight.data[:, pruned] = 0
     return model
 
 
-def draw(path, curves, count, scores, threshold):
+def prune_curve(model, layer, order, kept, stamped, *, max_drop, gone):
+    """Prune 0, 1, ..., 8, 9, 10, ... neurons, each step an eighth at most, until it is enough.
+
+    `kept` and `stamped` are (uint8 images, labels). Returns a list of (count, accuracy by class on
+    `kept`, ASR of `stamped`, both in per cent). Its last point is the first whose ASR is `gone` or
+    less, or whose accuracy has fallen by more than `max_drop` points.
+    """
+    curve, count = [], 0
+    while count <= len(order):
+        pruned = prune(model, layer, order[:count])
+        curve.append((count, accuracy(pruned, *kept, balanced=True), accuracy(pruned, *stamped)))
+        if curve[-1][2] <= gone or curve[0][1] - curve[-1][1] > max_drop + 1e-9:
+            break
+        count += max(1, count // 8)
+    return curve
+
+
+def stop_point(curve, max_drop, gone):
+    """The point of prune_curve at which to stop, and whether the reversed trigger is gone there.
+
+    The first that ends it, or the last one before the accuracy falls too far.
+    """
+    if curve[0][1] - curve[-1][1] > max_drop + 1e-9:
+        return curve[-2], False
+    return curve[-1], curve[-1][2] <= gone
+
+
+def draw(path, counts, curves, count, scores, threshold):
     """Percentages against the number of pruned neurons; the filter's scores by kind of input."""
     with saved_figure(path, 1, 2, figsize=(10, 3.2)) as (_, (left, right)):
         for name, values in curves.items():
-            left.plot(range(len(values)), values, label=name)
+            left.plot(counts, values, ".-", label=name)
         left.axvline(count, color="grey", linewidth=0.8, label=f"stop at {count}")
         left.set(xlabel="pruned neurons", ylabel="%", ylim=(-3, 103))
         bins = np.histogram_bin_edges(np.concatenate(list(scores.values())), 50)
@@ -193,19 +224,22 @@ if __name__ == "__main__":
     split = clean_share(args, victim, SHARE)
     source = Path(args.nc or victim.folder / f"nc-s{args.seed}")
     mask, pattern, label = read_reversed(source, args.label, data, model)
-    layer = logit_layer(model, to_float(data.x_train[split[:20]]), victim.arch)
-    linear, weights = model.get_submodule(layer), model.named_parameters(remove_duplicate=False)
-    if type(linear).forward is not torch.nn.Linear.forward:
-        fail(f"{layer} is more than a linear layer: its inputs cannot be silenced by its weight")
-    if sum(weight is linear.weight for _, weight in weights) != 1:
-        fail(f"{layer} shares its weight, or computes it as weight_norm does: it cannot be zeroed")
+    layers = readers(model, to_float(data.x_train[split[:20]]))
+    tried = [name for name, neurons in layers.items() if neurons >= FEWEST]
+    if args.layer is not None:
+        tried = [name for name in layers if name == args.layer]
+    if not tried:
+        named = args.layer or f"of {FEWEST} inputs or more"
+        known = ", ".join(layers) or "none"
+        fail(f"no layer {named} whose inputs its own weight can silence; known: {known}")
     kept = kept_back(data.y_train[split], KEPT_BACK, args.seed)
     others = data.y_train[split] != label
     if not (others & kept).any() or not (others & ~kept).any():
         fail(f"the {len(split)} clean images leave none of another label to rank or to check on")
     x_kept, y_kept = data.x_train[split[kept]], data.y_train[split[kept]]
     x_stamped = stamp(x_kept[y_kept != label], mask, pattern)
-    works = 100 * (predict(model, x_stamped) == label).double().mean().item()
+    goal = torch.full((len(x_stamped),), label, device=x_stamped.device)
+    works = accuracy(model, x_stamped, goal)
     if works < 50:
         why = "its search failed, or it belongs to another checkpoint"
         fail(f"{source}: its trigger sends {works:.0f} % of the images to label {label}: {why}")
@@ -214,67 +248,73 @@ if __name__ == "__main__":
         fail(f"--out {folder} is nc.py's folder, whose files would be replaced")
     make_folder(folder)
 
+    # ===== Pruning: from the last layer to the first, until one ends the reversed trigger =====
+    x_rank, found = data.x_train[split[others & ~kept]], {}
+    anyway = accuracy(model, x_kept[y_kept != label], goal)
+    limits = {"max_drop": args.max_drop, "gone": max(GONE, anyway)}
+    for layer in tried:
+        clean = activations(model, layer, x_rank)
+        order = ranking(clean, activations(model, layer, stamp(x_rank, mask, pattern)))
+        curve = prune_curve(model, layer, order, (x_kept, y_kept), (x_stamped, goal), **limits)
+        (count, percent, asr), gone = stop_point(curve, **limits)
+        print(
+            f"{layer}: {count} of {len(order)} neurons pruned, the reversed trigger's ASR "
+            f"{works:.2f} -> {asr:.2f} ({'gone' if gone else 'not gone'}), accuracy "
+            f"{curve[0][1]:.2f} -> {percent:.2f} on {len(x_kept)} images that were kept back"
+        )
+        found[layer] = gone, asr, order, curve, count, percent
+        if gone:
+            break
+    layer = layer if gone else min(found, key=lambda name: found[name][1])
+    gone, asr, order, curve, count, percent = found[layer]
+
     # ===== Filter =====
-    x_rank = data.x_train[split[others & ~kept]]
-    clean = activations(model, layer, x_rank)
-    order = ranking(clean, activations(model, layer, stamp(x_rank, mask, pattern)))
     a_kept, a_stamped = (activations(model, layer, x) for x in (x_kept, x_stamped))
     scores = profile(a_kept, order).cpu().numpy()
     threshold = float(np.quantile(scores, 1 - args.fpr, method="weibull"))
     missed = 100 * (profile(a_stamped, order) <= threshold).double().mean().item()
     lowest = max(args.fpr, 1 / (len(scores) + 1))  # fewer images know no smaller rate
-    print(f"filter: FPR {lowest:.1%} above {threshold:.4g}; the reversed trigger of label")
-    print(f"{label} passes with {missed:.2f} % of {len(a_stamped)} images that were kept back")
+    print(f"filter by {layer}: FPR {lowest:.1%} above {threshold:.4g}; the reversed trigger of")
+    print(f"label {label} passes with {missed:.2f} % of {len(a_stamped)} images kept back")
 
     # ===== Repair =====
-    neurons = order.tolist()
-    goal = torch.full((len(a_stamped),), label, device=order.device)
-    accuracies = prune_curve(linear, a_kept, y_kept, neurons, balanced=True)
-    asrs = prune_curve(linear, a_stamped, goal, neurons)
-    count, gone = stop_point(accuracies, asrs, args.max_drop)
-    print(
-        f"{count} of {len(order)} neurons pruned: the reversed trigger's ASR {asrs[0]:.2f} -> "
-        f"{asrs[count]:.2f} ({'gone' if gone else 'not gone'}), accuracy {accuracies[0]:.2f} -> "
-        f"{accuracies[count]:.2f} on {len(x_kept)} images that were kept back"
-    )
     models = {"": model}
     if count:
         drawn = torch.randperm(len(order), device=order.device)[:count]
         models["_random"] = prune(model, layer, drawn)
         models["_repaired"] = prune(model, layer, order[:count])
     else:
-        print("nothing is pruned, so no model is saved")
-    metrics = {"label": label, "layer": layer, "neurons": len(order)}
-    metrics |= {"pruned": count, "gone": gone}
+        print("nothing is pruned, so no model is saved: try a larger --max-drop")
+    metrics = {"label": label, "layer": layer, "neurons": len(order), "pruned": count, "gone": gone}
     metrics |= {"threshold": threshold, "fnr_reversed": missed, "kept_back": len(x_kept)}
-    metrics |= {"asr_reversed": asrs[0], "asr_reversed_repaired": asrs[count]}
-    metrics |= {
-        "kept_back_accuracy": accuracies[0],
-        "kept_back_accuracy_repaired": accuracies[count],
-    }
+    metrics |= {"asr_reversed": works, "asr_reversed_repaired": asr}
+    metrics |= {"kept_back_accuracy": curve[0][1], "kept_back_accuracy_repaired": percent}
     clear_folder(folder)
     save_repaired(folder, models, victim, args, metrics)
     seconds = time.time() - start
 
     # ===== Evaluation: the defender does not see anything below =====
     metrics |= evaluate(victim, models)
-    curves = {"accuracy, kept back": accuracies, "ASR, reversed trigger": asrs}
-    a = activations(model, layer, data.x_test)
-    curves["clean accuracy"] = prune_curve(linear, a, data.y_test, neurons)
-    scores = {"clean": profile(a, order).cpu().numpy()}
+    counts, kept_accuracies, asrs = zip(*curve)
+    curves = {"accuracy, kept back": kept_accuracies, "ASR, reversed trigger": asrs}
+    copies = [prune(model, layer, order[:number]) for number in counts]
+    part = data.x_test[:DRAWN], data.y_test[:DRAWN]
+    curves["clean accuracy"] = [accuracy(net, *part) for net in copies]
+    scores = {"clean": profile(activations(model, layer, data.x_test), order).cpu().numpy()}
     metrics["fpr"] = 100 * float((scores["clean"] > threshold).mean())
     if victim.x_poisoned is not None:
+        part = victim.x_poisoned[:DRAWN], victim.y_target[:DRAWN]
+        curves["ASR"] = [accuracy(net, *part) for net in copies]
         a = activations(model, layer, victim.x_poisoned)
-        curves["ASR"] = prune_curve(linear, a, victim.y_target, neurons)
         scores["triggered"] = profile(a, order).cpu().numpy()
         metrics["fnr"] = 100 * float((scores["triggered"] <= threshold).mean())
         triggered = np.arange(len(data.x_test) + len(a)) >= len(data.x_test)
         metrics["auroc"] = float(roc_auc_score(triggered, np.concatenate(list(scores.values()))))
         print("filter: FPR {fpr:.2f} %, FNR {fnr:.2f} %, AUROC {auroc:.3f}".format(**metrics))
-    draw(folder / "curve.png", curves, count, scores, threshold)
+    draw(folder / "curve.png", counts, curves, count, scores, threshold)
     with written_whole(folder / "curve.npz") as path:
         names = {name.replace(", ", "_").replace(" ", "_"): v for name, v in curves.items()}
-        np.savez_compressed(path, order=order.cpu().numpy(), **names)
+        np.savez_compressed(path, order=order.cpu().numpy(), count=counts, **names)
 
     # ===== Report =====
     report(folder, "nc_mitigate", args, metrics, seconds, kinds=("random", "repaired"))

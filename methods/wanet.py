@@ -65,9 +65,8 @@ def control_field(k, generator):
 def attack_grid(field, s, height, width):
     """M of Sec. 3.2: the sampling grid, 1 x H x W x 2 in [-1,1], last axis (column, row)."""
     up = F.interpolate(field, size=(height, width), mode="bicubic", align_corners=True)
-    rows = torch.linspace(-1, 1, height)
-    columns = torch.linspace(-1, 1, width)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    axes = (torch.linspace(-1, 1, side) for side in (height, width))
+    row, column = torch.meshgrid(*axes, indexing="ij")
     identity = torch.stack((column, row), dim=-1)[None]
     sides = torch.tensor([width, height])  # a value of 1 moves by s / side, nearly s / 2 pixels
     return (identity + s * up.permute(0, 2, 3, 1) / sides).clamp(-1, 1)
@@ -101,7 +100,8 @@ if __name__ == "__main__":
     device = x_train.device
 
     # ===== The attack =====
-    check_positive(args, "k", "s")
+    check_positive(args, "s")
+    check_positive(args, "k", most=min(data.shape[1:]))
     noise_rate = args.rate * args.cross_ratio
     if not 0 < args.rate <= 1 or not 0 <= noise_rate <= 1 - args.rate:
         fail(f"--rate {args.rate} must lie in (0, 1] and --rate * --cross-ratio in [0, 1 - rate]")

@@ -758,9 +758,9 @@ def Tied(num_classes=10):
 @pytest.mark.parametrize(
     "script, net, named",
     [
-        ("nc_mitigate", "Weighted", "weight_norm"),
-        ("nc_mitigate", "More", "more than a linear layer"),
-        ("nc_mitigate", "Tied", "shares its weight"),
+        ("nc_mitigate", "Weighted", "no layer 3 whose inputs its own weight can silence; known: 1"),
+        ("nc_mitigate", "More", "known: none"),
+        ("nc_mitigate", "Tied", "known: 1"),
         ("fine_pruning", "Weighted", "weight_norm"),
         ("latent", "Weighted", "weight_norm"),
         ("trojannn", "Weighted", "weight_norm"),
@@ -783,7 +783,7 @@ def test_a_last_layer_that_is_more_than_its_weight(
             "network": fingerprint(loaded("victim", arch=arch[1]).model),
         }
         np.savez(tmp_path / "victim" / "nc-s0" / "reversed.npz", **arrays)
-        flags = *flags, "--label", 0
+        flags = *flags, "--label", 0, "--layer", 3
     elif script != "fine_pruning":
         flags = *arch, *SHORT[script]
     assert named in one_line(inline, script, *flags)

@@ -115,6 +115,7 @@ POISONING += " poison_ink dfst feature_collision"
         *each("wanet", "--cross-ratio", -1),
         *each("wanet", "--cross-ratio", "nan"),
         *each("wanet", "--k", 0),
+        *each("wanet", "--k", 29),  # finer than the pixels
         *each("wanet", "--s", "nan"),
         *each("blend", "--alpha", 0.001),  # rounding removes it
         *each("pruning_aware", "--arch", "airbench"),

@@ -16,19 +16,18 @@ from torch import nn
 from common.checkpoint import fingerprint
 from common.datasets import defender_split, to_float
 from common.metrics import accuracy, predict
-from common.models import build_model
+from common.models import Classifier, build_model
 from methods import nc
 from methods import nc_mitigate as mitigate
 
 
 def random_model(arch="mnist_cnn"):
-    """A network with weights as drawn, twelve images for it and the name of its last layer."""
+    """A network with weights as drawn and twelve images for it."""
     torch.manual_seed(0)
     shape = (1, 28, 28) if "mnist" in arch else (3, 16, 16)
     model = build_model(arch, 5, shape, (0.5,) * shape[0], (0.5,) * shape[0])
     x = torch.randint(0, 256, (12, *shape)).to(torch.uint8)
-    last = {"mnist_cnn": "net.linear9", "wrn16_1": "net.fc", "airbench": "net.linear"}[arch]
-    return model.eval().requires_grad_(False), x, last
+    return model.eval().requires_grad_(False), x
 
 
 # ===== Functions =====
@@ -46,12 +45,32 @@ def test_stamp_is_equation_2_in_8_bits():
 
 
 def test_activations_by_hand():
-    model, x, last = random_model()
+    model, x = random_model()
     net = model.net
     a = net.layer4(net.layer3(F.relu(net.conv1((to_float(x) - 0.5) / 0.5))))
     expected = F.relu(net.linear6(a.flatten(1)))
-    found = mitigate.activations(model, last, x)
+    found = mitigate.activations(model, "linear9", x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_of_a_map_are_its_mean():
+    model, x = random_model("wrn16_1")
+    net = model.net
+    block = net.block3.layer[1]
+    before = net.block3.layer[0](net.block2(net.block1(net.conv1((to_float(x) - 0.5) / 0.5))))
+    expected = F.relu(block.bn2(block.conv1(F.relu(block.bn1(before))))).mean((2, 3))
+    found = mitigate.activations(model, "block3.layer.1.conv2", x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_of_tokens_are_their_mean():
+    """A linear layer may read B x T x D or B x H x W x D: the neurons are the last axis."""
+    for shape in ((-1, 8, 6), (-1, 2, 4, 6)):
+        net = nn.Sequential(nn.Flatten(), nn.Unflatten(1, shape[1:]), nn.Linear(6, 3))
+        model = Classifier(net, (0.0,), (1.0,)).eval()
+        x = torch.randint(0, 256, (5, 1, 6, 8)).to(torch.uint8)
+        expected = to_float(x).view(5, 8, 6).mean(1)
+        torch.testing.assert_close(mitigate.activations(model, "2", x), expected)
 
 
 @pytest.mark.parametrize("neurons, top", [(300, 3), (60, 1), (512, 5)])
@@ -70,37 +89,105 @@ def test_equal_neurons_are_ranked_by_their_number():
     assert mitigate.ranking(zero, zero).tolist() == list(range(9))
 
 
-@pytest.mark.parametrize("arch", ["mnist_cnn", "wrn16_1", "airbench"])  # the last has no bias
-def test_curve_equals_pruned_copies(arch):
-    model, x, last = random_model(arch)
+class Mixed(nn.Module):
+    """One layer of each kind: c, b and a can be silenced, and run in the order a, b, c."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.b, self.a = nn.Linear(16, 3), nn.Linear(16, 16), nn.Conv2d(1, 16, 3)
+        self.grouped, self.unused = nn.Conv2d(16, 16, 1, groups=2), nn.Linear(16, 16)
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+        self.more = Doubled(16, 16)
+
+    def forward(self, x):
+        x = self.grouped(self.a(x)).mean((2, 3))
+        x = self.more(self.second(self.first(self.weighted(x))))
+        x = self.b(x.repeat(2, 1))[: len(x)] + self.b(x)  # the last use counts
+        return self.c(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_readers_are_the_layers_that_can_be_silenced_from_the_last():
+    model = Classifier(Mixed(), (0.0,), (1.0,)).eval()
+    found = mitigate.readers(model, torch.rand(4, 1, 9, 9))
+    assert list(found.items()) == [("c", 16), ("b", 16), ("a", 1)]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_readers_of_a_residual_network():
+    model, x = random_model("wrn16_1")
+    names = list(mitigate.readers(model, to_float(x)))
+    last = ["fc", "block3.layer.1.conv2", "block3.layer.1.conv1", "block3.layer.0.conv2"]
+    assert names[:4] == last and names[-1] == "conv1"
+
+
+@pytest.mark.parametrize(
+    "arch, layer",
+    [
+        ("mnist_cnn", "linear9"),
+        ("wrn16_1", "fc"),
+        ("wrn16_1", "block3.layer.1.conv1"),
+        ("airbench", "linear"),  # it has no bias
+        ("airbench", "group3.0"),
+    ],
+)
+def test_pruning_is_reading_zeros(arch, layer):
+    model, x = random_model(arch)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    a, linear = mitigate.activations(model, last, x), model.get_submodule(last)
-    order, y = torch.randperm(a.shape[1]), predict(model, x)
-    curve = mitigate.prune_curve(linear, a, y, order.tolist())
-    assert len(curve) == len(order) + 1 and curve[0] == 100
-    for count in (0, 1, len(order) // 2, len(order) - 1):
-        copy = mitigate.prune(model, last, order[:count])
-        assert curve[count] == pytest.approx(accuracy(copy, x, y), abs=1e-4)
-        mask = torch.ones(a.shape[1])
-        mask[order[:count]] = 0
-        expected = F.linear(a * mask, linear.weight, linear.bias)
-        torch.testing.assert_close(copy(to_float(x)), expected, rtol=1e-4, atol=1e-5)
+    reader = model.net.get_submodule(layer)
+    pruned = torch.randperm(reader.weight.shape[1])[:5]
+    found = mitigate.prune(model, layer, pruned)(to_float(x))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+    def silenced(module, inputs):
+        a = inputs[0].clone()
+        a[:, pruned] = 0
+        return (a,)
+
+    reader.register_forward_pre_hook(silenced)
+    torch.testing.assert_close(found, model(to_float(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_curve_measures_pruned_copies():
+    model, x = random_model()
+    order, y = torch.randperm(512), predict(model, x)
+    kept, stamped = (x, y), (x[:7], y[:7])
+    curve = mitigate.prune_curve(model, "linear9", order, kept, stamped, max_drop=100, gone=-1)
+    counts = [count for count, _, _ in curve]
+    steps = np.diff(counts)
+    assert counts[:11] == list(range(11)) and 440 < counts[-1] <= 512
+    assert (steps == np.maximum(1, np.array(counts[:-1]) // 8)).all()
+    for count, percent, asr in (curve[0], curve[5], curve[-1]):
+        copy = mitigate.prune(model, "linear9", order[:count])
+        assert percent == pytest.approx(accuracy(copy, x, y, balanced=True))
+        assert asr == pytest.approx(accuracy(copy, *stamped))
+    assert curve[0][1:] == (100, 100)
+    low = min(percent for _, percent, _ in curve)
+    limits = {"max_drop": 100 - low - 1e-3, "gone": -1}
+    cut = mitigate.prune_curve(model, "linear9", order, kept, stamped, **limits)
+    assert cut == curve[: len(cut)] and cut[-1][1] == low
+    assert all(percent > low for _, percent, _ in cut[:-1])
 
 
 @pytest.mark.parametrize(
     "accuracies, asrs, count, gone",
     [
-        ([99, 98, 97, 96], [100, 50, 1, 0], 2, True),
-        ([99, 98, 93.9, 99], [100, 50, 0, 0], 1, False),  # the fall counts first
+        ([99, 98, 97], [100, 50, 1], 2, True),
+        ([99, 98, 93.9], [100, 50, 0], 1, False),  # the fall counts first
         ([99, 94, 94, 94], [100, 50, 20, 10], 3, False),
-        ([99, 90, 90, 90], [100, 0, 0, 0], 0, False),
-        ([99, 99], [0.5, 0], 0, True),  # a trigger that never worked
+        ([99, 90], [100, 0], 0, False),
     ],
 )
 def test_stop_point(accuracies, asrs, count, gone):
-    assert mitigate.stop_point(accuracies, asrs, 5) == (count, gone)
+    curve = list(zip(range(9), accuracies, asrs))
+    assert mitigate.stop_point(curve, 5, 1) == (curve[count], gone)
 
 
 class Neurons(nn.Module):
@@ -120,22 +207,24 @@ class Neurons(nn.Module):
 
 def test_planted_neuron_is_found_filtered_and_pruned():
     """The trigger sets pixel 4 and, faintly, pixel 7; clean images leave both nearly black."""
-    model, y = Neurons().eval().requires_grad_(False), torch.arange(60) % 3
+    model = Classifier(Neurons(), (0.0,), (1.0,)).eval().requires_grad_(False)
+    y = torch.arange(60) % 3
     x = torch.randint(0, 9, (60, 1, 1, 200), generator=torch.Generator().manual_seed(0)).byte()
     x[torch.arange(60), 0, 0, y] = 150
     mask, pattern = torch.zeros(1, 1, 200), torch.ones(1, 1, 200)
     mask[..., 4], mask[..., 7] = 1, 0.1
     others = y != 0
     clean = mitigate.activations(model, "linear", x)
-    stamped = mitigate.activations(model, "linear", mitigate.stamp(x[others], mask, pattern))
-    order = mitigate.ranking(clean[others], stamped)
+    stamped = mitigate.stamp(x[others], mask, pattern)
+    excited = mitigate.activations(model, "linear", stamped)
+    order = mitigate.ranking(clean[others], excited)
     assert order[:2].tolist() == [4, 7]
-    scores = [mitigate.profile(a, order).numpy() for a in (clean, stamped)]
+    scores = [mitigate.profile(a, order).numpy() for a in (clean, excited)]
     assert scores[0].max() < scores[1].min()  # a filter without mistakes
-    accuracies = mitigate.prune_curve(model.linear, clean, y, order.tolist())
-    asrs = mitigate.prune_curve(model.linear, stamped, torch.zeros(40).long(), order.tolist())
-    assert asrs[0] == 100 and asrs[1] == 0 and accuracies[:2] == [100, 100]
-    assert mitigate.stop_point(accuracies, asrs, 5) == (1, True)
+    sets, limits = ((x, y), (stamped, torch.zeros(40).long())), {"max_drop": 5, "gone": 1}
+    curve = mitigate.prune_curve(model, "linear", order, *sets, **limits)
+    assert curve == [(0, 100, 100), (1, 100, 0)]
+    assert mitigate.stop_point(curve, **limits) == ((1, 100, 0), True)
 
 
 # ===== Whole runs on digits =====
@@ -173,7 +262,8 @@ def run(tmp_path_factory, digits_badnets, reversed_trigger):
 def test_filter_stops_badnets_and_pruning_the_reversed_trigger(run, digits, digits_badnets):
     out, printed, _ = run
     metrics = result_of(out)["metrics"]
-    assert metrics["label"] == 0 and metrics["neurons"] == 512 and metrics["asr_reversed"] > 90
+    assert metrics["label"] == 0 and metrics["asr_reversed"] > 90
+    assert metrics["layer"] == "linear9" and metrics["neurons"] == 512
     assert metrics["auroc"] > 0.95 and metrics["fpr"] < 15 and metrics["fnr"] < 15
     assert metrics["gone"] and metrics["asr_reversed_repaired"] <= 1
     assert metrics["clean_accuracy_repaired"] > metrics["clean_accuracy"] - 8
@@ -189,10 +279,11 @@ def test_filter_stops_badnets_and_pruning_the_reversed_trigger(run, digits, digi
         curves = {name: archive[name] for name in archive}
     order, count = curves["order"], metrics["pruned"]
     assert (weight == 0).all(0).nonzero().flatten().tolist() == sorted(order[:count].tolist())
-    assert curves["ASR"][count] == pytest.approx(metrics["asr_repaired"], abs=1e-3)
-    assert curves["ASR"][count] > 50 and curves["ASR"][200] < 5  # 200 cost a tenth of the images
+    assert curves["count"][-1] == count  # of fewer images than draw the curves at most
+    assert curves["ASR"][-1] == pytest.approx(metrics["asr_repaired"], abs=1e-3)
+    assert curves["ASR"][-1] > 50  # but the reversed trigger's is gone
     clean = pytest.approx(metrics["clean_accuracy_repaired"], abs=1e-3)
-    assert curves["clean_accuracy"][count] == clean
+    assert curves["clean_accuracy"][-1] == clean
 
     entered = []
     hook = victim.model.net.linear9.register_forward_pre_hook(lambda m, i: entered.append(i[0]))
@@ -217,7 +308,7 @@ def test_ranking_and_choice_see_different_images(run, reversed_trigger, digits_b
     kept[defender_split(y[split], 0.2, 0)] = True
 
     def entering(images):
-        return mitigate.activations(model, "net.linear9", images).double()
+        return mitigate.activations(model, "linear9", images).double()
 
     ranked, held = (x[split[part]] for part in (~kept & (y[split] != 0), kept))
     held_back = y[split[kept]]
@@ -314,6 +405,8 @@ def test_nc_says_which_network_it_searched(inline, digits_badnets, tmp_path):
         (["--nc", "nowhere"], "nowhere/reversed.npz, which `python methods/nc.py"),
         (["--data-fraction", 0.0001], "leave none"),
         (["--out", "nc"], "nc.py's folder"),
+        (["--layer", "linear8"], "no layer linear8"),
+        (["--layer", "conv"], "known: linear9, linear6"),
         (["--label", 3], "another checkpoint"),  # whose mask is empty: no image is changed
     ],
     ids=str,
@@ -366,8 +459,29 @@ def test_bad_folder_of_nc(inline, one_line, digits_badnets, tmp_path, held, resu
 
 def test_rate_and_cost_are_those_asked_for(inline, run, reversed_trigger, digits_badnets, tmp_path):
     flags = "--ckpt", digits_badnets, "--nc", reversed_trigger, "--out", tmp_path / "out"
+    flags = *flags, "--layer", "linear9"
     ran = inline("nc_mitigate", *flags, "--fpr", 0.3, "--max-drop", 0)
     kept = mitigate.profile(ran["a_kept"], ran["order"]).numpy()
     assert ran["threshold"] == np.quantile(kept, 0.7, method="weibull") < run[2]["threshold"]
-    count, gone = mitigate.stop_point(ran["accuracies"], ran["asrs"], 0)
-    assert (ran["count"], ran["gone"]) == (count, gone) and count < run[2]["count"]
+    point, gone = mitigate.stop_point(ran["curve"], 0, 1)
+    assert (ran["count"], ran["gone"]) == (point[0], gone) and point[0] < run[2]["count"]
+    assert point[1] == ran["curve"][0][1]
+
+
+def test_a_layer_at_which_pruning_fails_is_left_for_the_one_before(
+    inline, run, reversed_trigger, digits_badnets, tmp_path, capfd
+):
+    """No clean image may be lost, which the last layer cannot do; the best of all is taken."""
+    flags = "--ckpt", digits_badnets, "--nc", reversed_trigger, "--out", tmp_path / "out"
+    ran = inline("nc_mitigate", *flags, "--max-drop", 0)
+    tried = [line.split(":")[0] for line in capfd.readouterr().out.splitlines()]
+    layers = list(mitigate.readers(loaded(digits_badnets).model, torch.rand(2, 1, 28, 28)))
+    assert layers[0] == "linear9" and layers[-1] == "conv1"
+    found = [name for name in tried if name in layers]
+    assert found == list(ran["found"]) and found[:2] == layers[:2]
+    best = min(ran["found"].values(), key=lambda kept: kept[1])
+    assert ran["found"][ran["layer"]][1] == best[1]
+    assert not ran["found"]["linear9"][0]
+    saved = loaded(tmp_path / "out").model.net.get_submodule(ran["layer"]).weight
+    silent = (saved == 0).flatten(2).all(2).all(0) if saved.dim() == 4 else (saved == 0).all(0)
+    assert silent.sum() == ran["count"] > 0

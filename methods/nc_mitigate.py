@@ -265,7 +265,7 @@ if __name__ == "__main__":
         found[layer] = gone, asr, order, curve, count, percent
         if gone:
             break
-    layer = layer if gone else min(found, key=lambda name: found[name][1])
+    layer = layer if gone else min((kept[1], name) for name, kept in found.items())[1]
     gone, asr, order, curve, count, percent = found[layer]
 
     # ===== Filter =====

@@ -286,9 +286,9 @@ if __name__ == "__main__":
     else:
         print("nothing is pruned, so no model is saved: try a larger --max-drop")
     metrics = {"label": label, "layer": layer, "neurons": len(order), "pruned": count, "gone": gone}
-    metrics |= {"threshold": threshold, "fnr_reversed": missed, "kept_back": len(x_kept)}
-    metrics |= {"asr_reversed": works, "asr_reversed_repaired": asr}
+    metrics |= {"asr_reversed": works, "asr_reversed_repaired": asr, "kept_back": len(x_kept)}
     metrics |= {"kept_back_accuracy": curve[0][1], "kept_back_accuracy_repaired": percent}
+    metrics |= {"threshold": threshold, "fnr_reversed": missed}
     clear_folder(folder)
     save_repaired(folder, models, victim, args, metrics)
     seconds = time.time() - start
@@ -297,20 +297,19 @@ if __name__ == "__main__":
     metrics |= evaluate(victim, models)
     counts, kept_accuracies, asrs = zip(*curve)
     curves = {"accuracy, kept back": kept_accuracies, "ASR, reversed trigger": asrs}
-    copies = [prune(model, layer, order[:number]) for number in counts]
-    part = data.x_test[:DRAWN], data.y_test[:DRAWN]
-    curves["clean accuracy"] = [accuracy(net, *part) for net in copies]
+    sets = {"clean accuracy": (data.x_test[:DRAWN], data.y_test[:DRAWN])}
     scores = {"clean": profile(activations(model, layer, data.x_test), order).cpu().numpy()}
     metrics["fpr"] = 100 * float((scores["clean"] > threshold).mean())
     if victim.x_poisoned is not None:
-        part = victim.x_poisoned[:DRAWN], victim.y_target[:DRAWN]
-        curves["ASR"] = [accuracy(net, *part) for net in copies]
+        sets["ASR"] = victim.x_poisoned[:DRAWN], victim.y_target[:DRAWN]
         a = activations(model, layer, victim.x_poisoned)
         scores["triggered"] = profile(a, order).cpu().numpy()
         metrics["fnr"] = 100 * float((scores["triggered"] <= threshold).mean())
         triggered = np.arange(len(data.x_test) + len(a)) >= len(data.x_test)
         metrics["auroc"] = float(roc_auc_score(triggered, np.concatenate(list(scores.values()))))
         print("filter: FPR {fpr:.2f} %, FNR {fnr:.2f} %, AUROC {auroc:.3f}".format(**metrics))
+    for name, part in sets.items():
+        curves[name] = [accuracy(prune(model, layer, order[:n]), *part) for n in counts]
     draw(folder / "curve.png", counts, curves, count, scores, threshold)
     with written_whole(folder / "curve.npz") as path:
         names = {name.replace(", ", "_").replace(" ", "_"): v for name, v in curves.items()}

@@ -260,8 +260,9 @@ def run(tmp_path_factory, digits_badnets, reversed_trigger):
 
 @pytest.mark.drawn
 def test_filter_stops_badnets_and_pruning_the_reversed_trigger(run, digits, digits_badnets):
-    out, printed, _ = run
+    out, printed, ran = run
     metrics = result_of(out)["metrics"]
+    assert list(ran["found"]) == ["linear9"]  # cheap enough: no other layer is tried
     assert metrics["label"] == 0 and metrics["asr_reversed"] > 90
     assert metrics["layer"] == "linear9" and metrics["neurons"] == 512
     assert metrics["auroc"] > 0.95 and metrics["fpr"] < 15 and metrics["fnr"] < 15

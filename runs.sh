@@ -518,7 +518,7 @@ lecture() {
     --layer block2 --out "$r-badnets_8-s0/gradcam_block2-s0"
   for v in badnets_8 badnets; do # inside a block, after its second BatchNorm
     once "$r-$v-s0/gradcam_inner-s0" gradcam --ckpt "$r-$v-s0" --februus \
-      --layer block2.layer.0.bn2 --out "$r-$v-s0/gradcam_inner-s0"
+      --layer block3.layer.0.bn2 --out "$r-$v-s0/gradcam_inner-s0"
   done
   for v in clean badnets wanet; do
     row gradcam "$r-$v-s0" 0 --februus

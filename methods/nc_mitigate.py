@@ -1,14 +1,13 @@
 """Neural Cleanse's two mitigations without training (Wang et al., IEEE S&P 2019): filter, prune.
 
-nc.py reverses a trigger and unlearns it. The same trigger also tells which neurons carry the
-backdoor: those that it excites most above their clean activation. The filter stops inputs that
-excite the first hundredth of this ranking; pruning silences neurons in this order until the
-reversed trigger no longer works. nc.py must have run before; it is at its limit of length.
+The trigger that nc.py has reversed tells which neurons carry the backdoor: those that it excites
+most above their clean activation. The filter stops inputs that excite the first hundredth of this
+ranking; pruning silences neurons in this order until the reversed trigger no longer works.
 
 Kind: detects inputs, and repairs models. Given: the model, a clean share of its training data, and
-reversed.npz and the flagged label of nc.py's folder (--nc). Answers: a threshold for inputs, and
-the pruned model. Where it fails: at a layer of few neurons (--layer fc on BadNets WRN-16-1), and
-where the reversed trigger is not the attacker's: its end is not the end of the other.
+reversed.npz and the flagged label of nc.py's folder (--nc). Answers: a threshold, the pruned model.
+Where it fails: at a layer of few neurons (--layer fc on BadNets WRN-16-1), and where the reversed
+trigger is not the attacker's: its end is not the end of the other.
 
 Steps of the paper: ranking, activation with the reversed trigger less the clean one -> ranking;
 filter, mean activation of the first 1 % of it -> profile; pruning in this order -> prune_curve,
@@ -187,13 +186,15 @@ def prune_curve(model, layer, order, kept, stamped, *, max_drop, gone):
 
 
 def stop_point(curve, max_drop, gone):
-    """The point of prune_curve at which to stop, and whether the reversed trigger is gone there.
-
-    The first that ends it, or the last one before the accuracy falls too far.
-    """
+    """The curve's end, or the point before where that costs too much; is the trigger gone there?"""
     if curve[0][1] - curve[-1][1] > max_drop + 1e-9:
         return curve[-2], False
     return curve[-1], curve[-1][2] <= gone
+
+
+def spread(x, y):
+    """Every n-th image and label, at most DRAWN: a test set may be in the order of its labels."""
+    return x[:: -(-len(x) // DRAWN)], y[:: -(-len(x) // DRAWN)]
 
 
 def draw(path, counts, curves, count, scores, threshold):
@@ -297,11 +298,11 @@ if __name__ == "__main__":
     metrics |= evaluate(victim, models)
     counts, kept_accuracies, asrs = zip(*curve)
     curves = {"accuracy, kept back": kept_accuracies, "ASR, reversed trigger": asrs}
-    sets = {"clean accuracy": (data.x_test[:DRAWN], data.y_test[:DRAWN])}
+    sets = {"clean accuracy": spread(data.x_test, data.y_test)}
     scores = {"clean": profile(activations(model, layer, data.x_test), order).cpu().numpy()}
     metrics["fpr"] = 100 * float((scores["clean"] > threshold).mean())
     if victim.x_poisoned is not None:
-        sets["ASR"] = victim.x_poisoned[:DRAWN], victim.y_target[:DRAWN]
+        sets["ASR"] = spread(victim.x_poisoned, victim.y_target)
         a = activations(model, layer, victim.x_poisoned)
         scores["triggered"] = profile(a, order).cpu().numpy()
         metrics["fnr"] = 100 * float((scores["triggered"] <= threshold).mean())

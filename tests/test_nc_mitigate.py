@@ -190,6 +190,14 @@ def test_stop_point(accuracies, asrs, count, gone):
     assert mitigate.stop_point(curve, 5, 1) == (curve[count], gone)
 
 
+@pytest.mark.parametrize("count, drawn", [(900, 900), (1000, 1000), (1001, 501), (9990, 999)])
+def test_the_drawn_images_are_of_all_labels(count, drawn):
+    y = torch.arange(count) * 10 // count  # CIFAR-10's test set is sorted, too
+    x, labels = mitigate.spread(torch.arange(count), y)
+    assert len(x) == len(labels) == drawn and torch.equal(labels, y[x])
+    assert labels.bincount().max() - labels.bincount().min() <= 1
+
+
 class Neurons(nn.Module):
     """Neuron j is pixel j; three classes, and neuron 4 leads to class 0."""
 

@@ -6,8 +6,8 @@ ranking; pruning silences neurons in this order until the reversed trigger no lo
 
 Kind: detects inputs, and repairs models. Given: the model, a clean share of its training data, and
 reversed.npz and the flagged label of nc.py's folder (--nc). Answers: a threshold, the pruned model.
-Where it fails: at a layer of few neurons (--layer fc on BadNets WRN-16-1), and where the reversed
-trigger is not the attacker's: its end is not the end of the other.
+Where it fails: at the last layer of BadNets WRN-16-1 (--layer fc), and where the reversed trigger
+is not the attacker's: its end is not the end of the other.
 
 Steps of the paper: ranking, activation with the reversed trigger less the clean one -> ranking;
 filter, mean activation of the first 1 % of it -> profile; pruning in this order -> prune_curve,
@@ -15,16 +15,16 @@ stop_point, prune.
 
 Differs from the paper, or chosen where it is silent: the paper's neurons are those of the second to
 last layer. Here they are the inputs of the last layer at which pruning ends the reversed trigger
-for two points of clean accuracy, or else of the one that does best for --max-drop of them (chosen
-on training images of one WRN-16-1). A map's activation is its mean. Pruning has no limit at 30 % of
-the neurons. Stamped images are rounded to 8 bits; images of the flagged label are not stamped.
-Ranking and threshold see different clean images: a fifth of the share is kept back, on which the
-trigger itself was searched, too. It gives the threshold, a quantile at the rate of clean inputs
-that may be stopped (--fpr; public code: mean plus one standard deviation), and the end of pruning:
-1 % of the stamped images, or as many as of the clean ones, still reach the label. A neuron is
-silenced by zeroing the weights of the one layer that reads it. As many drawn at random are pruned
-for comparison ("random"). The false positive rate (FPR, clean inputs stopped) and the false
-negative rate (FNR, triggered inputs passed) are read on test images.
+for two points of clean accuracy (chosen on training images of one WRN-16-1), or else of the one
+that does best for --max-drop of them (5 as before, with figures of public networks in sight). A
+map's activation is its mean. Pruning has no limit at 30 % of the neurons. Stamped images are
+rounded to 8 bits; images of the flagged label are not stamped. Ranking and threshold see different
+clean images: a fifth of the share is kept back, on which the trigger itself was searched, too. It
+gives the threshold, a quantile at the rate --fpr of clean inputs that are stopped (public code:
+mean plus one standard deviation), and the end of pruning: 1 % of the stamped images, or as many as
+of the clean ones, still reach the label. A neuron is silenced by zeroing the weights of the one
+layer that reads it. As many drawn at random are pruned for comparison ("random"). The rates of
+clean inputs stopped (FPR) and of triggered ones passed (FNR) are read on test images.
 
     python methods/nc_mitigate.py --ckpt runs/mnist-mnist_cnn-badnets-s0
 
